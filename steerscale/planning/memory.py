@@ -1,0 +1,224 @@
+"""Estimated memory of one rank, and the exact number of parameters it holds.
+
+States follow Megatron-Core's mixed precision, activations Korthikanti et al. 2022 (arXiv 2205.05198), section 4, freed
+of its assumptions (16-bit, f = 4h, g = a, dropout everywhere). Not counted: the CUDA context and NCCL's buffers (one to
+three GiB), workspaces of kernels, gathered sequences and other short-lived copies, fragmentation. Leave a tenth free.
+"""
+
+from dataclasses import dataclass
+
+from steerscale.config import require
+from steerscale.models.config import ModelConfig
+from steerscale.parallel.layout import ParallelLayout
+from steerscale.planning.flops import Recompute
+from steerscale.planning.hardware import Precision
+
+GIB = 2**30
+MASK_BYTES = 1
+FP32_BYTES = 4
+WEIGHT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+# Adam's two moments in fp32 and, where the weights are bf16, their fp32 main copy.
+OPTIMIZER_BYTES: dict[Precision, int] = {"fp32": 8, "bf16": 12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardParameters:
+    """Parameters that one rank holds, by how they relate to those of other ranks."""
+
+    split: int
+    """Its part of matrices and biases that are split over the tensor group."""
+    replicated: int
+    """Norms, biases after row-parallel products and learned positions: the same on every tensor rank."""
+    tied_copy: int
+    """Its part of the last stage's own copy of the word embedding, where the head is tied and the stages differ."""
+
+    @property
+    def total(self) -> int:
+        """All that the rank stores."""
+        return self.split + self.replicated + self.tied_copy
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on one rank at the fullest moment of an iteration."""
+
+    weights: int
+    """Parameters in the precision of the products."""
+    gradients: int
+    """Accumulated in fp32; the distributed optimizer keeps them whole."""
+    optimizer: int
+    """Moments and main parameters; the distributed optimizer shares them out over the data-parallel ranks."""
+    activations: int
+    """Kept for the backward passes of all micro-batches in flight."""
+    logits: int
+    """fp32 logits of one micro-batch, on the last stage."""
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+    @property
+    def total_gib(self) -> float:
+        """All parts in GiB."""
+        return self.total / GIB
+
+
+def rank_parameters(model: ModelConfig, layout: ParallelLayout, rank: int) -> ShardParameters:
+    """Exact parameters of a global rank by kind, padding rows of the vocabulary included.
+
+    A stage holds L/p layers, in one chunk or several. Stage 0 adds the embeddings, the last stage the final norm and
+    the head. Raises LayoutError if the layout does not fit the model or has no such rank.
+    """
+    layout.check_model(model)
+    stage, last = layout.coordinates(rank).pipeline, layout.pipeline - 1
+    h, f, width = model.d_model, model.ffn_width, (model.num_heads + 2 * model.kv_groups) * model.head_width
+    norm = h if model.norm == "rmsnorm" else 2 * h
+    up = 2 * f if model.gated else f
+    split = h * width + model.num_heads * model.head_width * h + h * up + f * h
+    split += (width if model.has_qkv_bias else 0) + (up if model.bias else 0)
+    replicated = 2 * norm + (2 * h if model.bias else 0)
+    layers = model.num_layers // layout.pipeline
+    split, replicated, vocabulary, tied_copy = layers * split, layers * replicated, model.padded_vocab * h, 0
+    if stage == 0:
+        split += vocabulary
+        replicated += model.seq_len * h if model.position == "learned" else 0
+    if stage == last:
+        replicated += norm
+        if not model.tie_embeddings:
+            split += vocabulary
+        elif stage != 0:
+            tied_copy = vocabulary
+    t = layout.tensor
+    return ShardParameters(split=split // t, replicated=replicated, tied_copy=tied_copy // t)
+
+
+def shard_parameters(model: ModelConfig, layout: ParallelLayout, rank: int) -> int:
+    """Exact number of parameters that a global rank holds; see `rank_parameters`."""
+    return rank_parameters(model, layout, rank).total
+
+
+def unique_parameters(model: ModelConfig, layout: ParallelLayout) -> int:
+    """Parameters over all ranks, whatever is held more than once counted once: `model.num_parameters()`."""
+    total = 0
+    for rank in range(layout.world_size):
+        place = layout.coordinates(rank)
+        if place.data == 0:
+            parameters = rank_parameters(model, layout, rank)
+            total += parameters.split + (parameters.replicated if place.tensor == 0 else 0)
+    return total
+
+
+def estimate_memory(
+    model: ModelConfig,
+    layout: ParallelLayout,
+    *,
+    precision: Precision,
+    distributed_optimizer: bool,
+    recompute: Recompute,
+    fused_attention: bool = True,
+    stage: int | None = None,
+) -> MemoryEstimate:
+    """Estimate the memory of a rank of pipeline stage `stage`; None: of the fullest stage.
+
+    States take 18 bytes a parameter in bf16 and 16 in fp32; the distributed optimizer divides 12 (8) of them by DP.
+    Activations are `layer_activation_bytes` of L/(p v) layers for each chunk in flight, plus, under recomputation, what
+    one layer rebuilds for its own backward pass.
+
+    Args:
+        model: with a known vocabulary.
+        layout: must fit the model, or LayoutError is raised.
+        precision: of weights and activations.
+        distributed_optimizer: ZeRO-1 over the data-parallel ranks.
+        recompute: what is not kept but computed again.
+        fused_attention: PyTorch's SDPA keeps no scores; False for an attention that stores them.
+        stage: pipeline stage.
+    """
+    if stage is None:
+        stages = (
+            estimate_memory(
+                model,
+                layout,
+                precision=precision,
+                distributed_optimizer=distributed_optimizer,
+                recompute=recompute,
+                fused_attention=fused_attention,
+                stage=index,
+            )
+            for index in range(layout.pipeline)
+        )
+        return max(stages, key=lambda estimate: estimate.total)
+    require(0 <= stage < layout.pipeline, f"stage {stage} does not exist: the layout has {layout.pipeline} stages")
+    parameters = shard_parameters(model, layout, layout.tensor * layout.data * stage)
+    kept, whole = (
+        layer_activation_bytes(model, layout, precision=precision, recompute=mode, fused_attention=fused_attention)
+        for mode in (recompute, "none")
+    )
+    layers = model.num_layers // (layout.pipeline * layout.virtual_pipeline)
+    is_last = stage == layout.pipeline - 1
+    return MemoryEstimate(
+        weights=WEIGHT_BYTES[precision] * parameters,
+        gradients=FP32_BYTES * parameters,
+        optimizer=OPTIMIZER_BYTES[precision] * parameters // (layout.data if distributed_optimizer else 1),
+        activations=layers * chunks_in_flight(layout, stage) * kept
+        + (whole - kept)
+        + _outer_activation_bytes(model, layout, precision=precision, stage=stage),
+        logits=FP32_BYTES * _tokens(model, layout) * model.padded_vocab // layout.tensor if is_last else 0,
+    )
+
+
+def chunks_in_flight(layout: ParallelLayout, stage: int) -> int:
+    """Forward passes through a chunk of a stage whose backward passes are still to come, at most.
+
+    1F1B: `min(m, p - i)`. Interleaved, Megatron's warm-up of `2 (p-i-1) + (v-1) p` chunks and the one after it, at most
+    m v; at stage 0 that is `L (1 + (p-1)/(p v))` layers (arXiv 2205.05198, section 4.2.3).
+    """
+    p, v, m = layout.pipeline, layout.virtual_pipeline, layout.gradient_accumulation_steps
+    if v == 1:
+        return min(m, p - stage)
+    return min(m * v, 2 * (p - stage - 1) + (v - 1) * p + 1)
+
+
+def layer_activation_bytes(
+    model: ModelConfig,
+    layout: ParallelLayout,
+    *,
+    precision: Precision,
+    recompute: Recompute,
+    fused_attention: bool = True,
+) -> int:
+    """Bytes that one layer keeps of one micro-batch on one rank; with 16 bits, f = 4h, g = a and dropout the paper's
+    `s b h (10 + 24/t + 5 a s/(h t))`, under sequence parallelism `(s b h/t) (34 + 5 a s/h)`, full: `2 s b h`.
+
+    Along the residual stream (whole on each rank without sequence parallelism): inputs of two norms, of QKV and of the
+    first MLP matrix, two dropout masks. Split: queries, keys, values, the attention's result; the first MLP product
+    and the second's input, `4 f/h` of the 34, gated `6 f/h` as the fused SwiGLU rebuilds the rest. Scores, unless
+    fused or selectively recomputed: softmax and, with dropout, its mask and its result. The statistics of norms and
+    softmax, below one part in a hundred, are left out.
+    """
+    tokens, unit, h = _tokens(model, layout), WEIGHT_BYTES[precision], model.d_model
+    t, sequence = layout.tensor, layout.tensor if layout.sequence else 1
+    if recompute == "full":
+        return unit * tokens * h // sequence
+    residual = 4 * unit * h + (2 * MASK_BYTES * h if model.dropout else 0)
+    attention = 2 * unit * (model.num_heads + model.kv_groups) * model.head_width
+    mlp = unit * (3 if model.gated else 2) * model.ffn_width
+    scores = 0
+    if recompute == "none" and not fused_attention:
+        each = 2 * unit + MASK_BYTES if model.attention_dropout else unit
+        scores = each * model.num_heads * model.seq_len
+    return tokens * residual // sequence + tokens * (attention + mlp + scores) // t
+
+
+def _outer_activation_bytes(model: ModelConfig, layout: ParallelLayout, *, precision: Precision, stage: int) -> int:
+    """Stage 0: the embedding's dropout masks, `s b h p`. Last stage: inputs of the final norm and head, `4 s b h`."""
+    sequence = layout.tensor if layout.sequence else 1
+    width = _tokens(model, layout) * model.d_model // sequence
+    masks = min(layout.pipeline, layout.gradient_accumulation_steps) * MASK_BYTES * width
+    return (masks if stage == 0 and model.dropout else 0) + (
+        2 * WEIGHT_BYTES[precision] * width if stage == layout.pipeline - 1 else 0
+    )
+
+
+def _tokens(model: ModelConfig, layout: ParallelLayout) -> int:
+    return layout.micro_batch_size * model.seq_len
