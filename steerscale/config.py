@@ -1,8 +1,8 @@
 """Plain mappings (YAML) <-> frozen dataclasses, strictly.
 
-Hydra composes YAML; workers read the resolved `config.yaml` of a run directory. Both come through `from_mapping`, the one
-place that decides what a valid configuration looks like: unknown keys are refused with a suggestion, values are checked
-against the field's annotation, and each dataclass checks its own values in `__post_init__`.
+Hydra composes YAML; workers read the resolved `config.yaml` of a run directory. Both come through `from_mapping`, the
+one place that decides what a valid configuration looks like: unknown keys are refused with a suggestion, values are
+checked against the field's annotation, and each dataclass checks its own values in `__post_init__`.
 
 Supported annotations: bool, int, float, str, `Literal[...]`, `X | None`, `list[X]`, `dict[str, X]` and dataclasses.
 """
@@ -52,7 +52,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping. Raises ConfigError if it cannot be read or is not a mapping."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a YAML mapping, got {type(content).__name__}")
@@ -85,10 +85,10 @@ def _join(at: str, key: str) -> str:
 def _convert(hint: Any, value: Any, at: str) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        options = [option for option in typing.get_args(hint) if option is not type(None)]
         if value is None:
             return None
-        return _convert(options[0], value, at)
+        (option,) = (option for option in typing.get_args(hint) if option is not type(None))
+        return _convert(option, value, at)
     if origin is typing.Literal:
         choices = typing.get_args(hint)
         if value not in choices:

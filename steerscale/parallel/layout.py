@@ -73,7 +73,7 @@ class ParallelLayout:
             raise LayoutError(
                 f"parallel.global_batch_size={total} is not divisible by micro_batch_size x data = "
                 f"{config.micro_batch_size} x {config.data} = {per_step}; nearest that is: "
-                f"{max(total // per_step, 1) * per_step}"
+                f"{max(round(total / per_step), 1) * per_step}"
             )
         if accumulation is None:
             accumulation = total // per_step if total is not None else 1
@@ -132,7 +132,9 @@ class ParallelLayout:
                 f"{model.pad_vocab_to}); make model.pad_vocab_to a multiple of {t}"
             )
         if self.sequence and model.seq_len % t:
-            raise LayoutError(f"parallel.tensor must divide model.seq_len under parallel.sequence: {t}, {model.seq_len}")
+            raise LayoutError(
+                f"parallel.tensor must divide model.seq_len under parallel.sequence: {t}, {model.seq_len}"
+            )
         chunks = self.pipeline * self.virtual_pipeline
         if model.num_layers % chunks:
             raise LayoutError(
@@ -166,8 +168,8 @@ class ParallelLayout:
     def with_global_batch(self, size: int) -> "ParallelLayout":
         """The same layout accumulating to another global batch size, for ramp-up. Raises LayoutError if it cannot."""
         per_step = self.micro_batch_size * self.data
-        if size % per_step:
-            raise LayoutError(f"a global batch of {size} is not divisible by MBS x DP = {per_step}")
+        if size < per_step or size % per_step:
+            raise LayoutError(f"a global batch of {size} is not a positive multiple of MBS x DP = {per_step}")
         layout = replace(self, gradient_accumulation_steps=size // per_step)
         layout._check_degrees()
         return layout

@@ -103,8 +103,8 @@ def korthikanti_2022_model_flops(model: ModelConfig, *, batch_size: int) -> floa
 def korthikanti_2022_hardware_flops(model: ModelConfig, *, batch_size: int, recompute: Recompute) -> float:
     """Korthikanti et al. 2022 (arXiv 2205.05198), hardware FLOPs of one iteration.
 
-    None: the model FLOPs. Selective: `72 B L s h^2 (1 + s/3h + V/12hL)`, as printed; it adds the attention square (s/6h)
-    a second time, where repeating one forward pass in three would add s/18h. Full: SC21's equation 3.
+    None: the model FLOPs. Selective: `72 B L s h^2 (1 + s/3h + V/12hL)`, as printed: it adds the attention square,
+    s/6h, a second time, where repeating one forward pass in three would add s/18h. Full: SC21's equation 3.
     """
     if recompute == "full":
         return narayanan_2021_hardware_flops(model, batch_size=batch_size)
@@ -127,7 +127,7 @@ def legacy_flops(model: ModelConfig, *, batch_size: int, recompute: Recompute) -
 
 
 def palm_flops_per_token(model: ModelConfig) -> int:
-    """The formula of PaLM's appendix B that torchtitan logs: `6 (N - N_emb) + 6L a (d_qk + d_v) s`, here d_qk = d_v = d.
+    """PaLM's appendix B as torchtitan logs it: `6 (N - N_emb) + 6L a (d_qk + d_v) s`, here with d_qk = d_v = d.
 
     N - N_emb counts the parameters that take part in a product: all but the token and position look-ups, the output
     head (padded) once even where it shares the embedding's weight. The attention square is not halved for causality.

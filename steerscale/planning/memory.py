@@ -7,7 +7,6 @@ three GiB), workspaces of kernels, gathered sequences and other short-lived copi
 
 from dataclasses import dataclass
 
-from steerscale.config import require
 from steerscale.models.config import ModelConfig
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.planning.flops import Recompute
@@ -71,25 +70,20 @@ def rank_parameters(model: ModelConfig, layout: ParallelLayout, rank: int) -> Sh
     the head. Raises LayoutError if the layout does not fit the model or has no such rank.
     """
     layout.check_model(model)
-    stage, last = layout.coordinates(rank).pipeline, layout.pipeline - 1
-    h, f, width = model.d_model, model.ffn_width, (model.num_heads + 2 * model.kv_groups) * model.head_width
-    norm = h if model.norm == "rmsnorm" else 2 * h
-    up = 2 * f if model.gated else f
-    split = h * width + model.num_heads * model.head_width * h + h * up + f * h
-    split += (width if model.has_qkv_bias else 0) + (up if model.bias else 0)
-    replicated = 2 * norm + (2 * h if model.bias else 0)
-    layers = model.num_layers // layout.pipeline
-    split, replicated, vocabulary, tied_copy = layers * split, layers * replicated, model.padded_vocab * h, 0
-    if stage == 0:
+    stage = layout.coordinates(rank).pipeline
+    is_first, is_last = stage == 0, stage == layout.pipeline - 1
+    layers, t = model.num_layers // layout.pipeline, layout.tensor
+    split, replicated = (layers * count for count in _layer_parameters(model))
+    vocabulary, tied_copy = model.padded_vocab * model.d_model, 0
+    if is_first:
         split += vocabulary
-        replicated += model.seq_len * h if model.position == "learned" else 0
-    if stage == last:
-        replicated += norm
+        replicated += model.seq_len * model.d_model if model.position == "learned" else 0
+    if is_last:
+        replicated += _norm_parameters(model)
         if not model.tie_embeddings:
             split += vocabulary
-        elif stage != 0:
+        elif not is_first:
             tied_copy = vocabulary
-    t = layout.tensor
     return ShardParameters(split=split // t, replicated=replicated, tied_copy=tied_copy // t)
 
 
@@ -132,39 +126,29 @@ def estimate_memory(
         distributed_optimizer: ZeRO-1 over the data-parallel ranks.
         recompute: what is not kept but computed again.
         fused_attention: PyTorch's SDPA keeps no scores; False for an attention that stores them.
-        stage: pipeline stage.
+        stage: pipeline stage; LayoutError if there is none of this number.
     """
-    if stage is None:
-        stages = (
-            estimate_memory(
-                model,
-                layout,
-                precision=precision,
-                distributed_optimizer=distributed_optimizer,
-                recompute=recompute,
-                fused_attention=fused_attention,
-                stage=index,
-            )
-            for index in range(layout.pipeline)
-        )
-        return max(stages, key=lambda estimate: estimate.total)
-    require(0 <= stage < layout.pipeline, f"stage {stage} does not exist: the layout has {layout.pipeline} stages")
-    parameters = shard_parameters(model, layout, layout.tensor * layout.data * stage)
     kept, whole = (
         layer_activation_bytes(model, layout, precision=precision, recompute=mode, fused_attention=fused_attention)
         for mode in (recompute, "none")
     )
     layers = model.num_layers // (layout.pipeline * layout.virtual_pipeline)
-    is_last = stage == layout.pipeline - 1
-    return MemoryEstimate(
-        weights=WEIGHT_BYTES[precision] * parameters,
-        gradients=FP32_BYTES * parameters,
-        optimizer=OPTIMIZER_BYTES[precision] * parameters // (layout.data if distributed_optimizer else 1),
-        activations=layers * chunks_in_flight(layout, stage) * kept
-        + (whole - kept)
-        + _outer_activation_bytes(model, layout, precision=precision, stage=stage),
-        logits=FP32_BYTES * _tokens(model, layout) * model.padded_vocab // layout.tensor if is_last else 0,
-    )
+    owners = layout.data if distributed_optimizer else 1
+    logits = FP32_BYTES * _tokens(model, layout) * model.padded_vocab // layout.tensor
+
+    def on(index: int) -> MemoryEstimate:
+        parameters = shard_parameters(model, layout, layout.tensor * layout.data * index)
+        outer = _outer_activation_bytes(model, layout, precision=precision, stage=index)
+        return MemoryEstimate(
+            weights=WEIGHT_BYTES[precision] * parameters,
+            gradients=FP32_BYTES * parameters,
+            optimizer=OPTIMIZER_BYTES[precision] * parameters // owners,
+            activations=layers * chunks_in_flight(layout, index) * kept + (whole - kept) + outer,
+            logits=logits if index == layout.pipeline - 1 else 0,
+        )
+
+    stages = range(layout.pipeline) if stage is None else [stage]
+    return max(map(on, stages), key=lambda estimate: estimate.total)
 
 
 def chunks_in_flight(layout: ParallelLayout, stage: int) -> int:
@@ -222,3 +206,17 @@ def _outer_activation_bytes(model: ModelConfig, layout: ParallelLayout, *, preci
 
 def _tokens(model: ModelConfig, layout: ParallelLayout) -> int:
     return layout.micro_batch_size * model.seq_len
+
+
+def _layer_parameters(model: ModelConfig) -> tuple[int, int]:
+    """Parameters of one layer that a tensor group splits, and those that each of its ranks repeats."""
+    h, f, heads = model.d_model, model.ffn_width, model.num_heads * model.head_width
+    qkv = heads + 2 * model.kv_groups * model.head_width
+    up = 2 * f if model.gated else f
+    split = h * qkv + heads * h + h * up + f * h
+    split += (qkv if model.has_qkv_bias else 0) + (up if model.bias else 0)
+    return split, 2 * _norm_parameters(model) + (2 * h if model.bias else 0)
+
+
+def _norm_parameters(model: ModelConfig) -> int:
+    return model.d_model if model.norm == "rmsnorm" else 2 * model.d_model
