@@ -1,0 +1,262 @@
+"""The Megatron-Core engine: micro-batches through the pipeline schedule, gradients over the replicas, one AdamW step.
+
+It knows no model: it is given model chunks and a function that runs a micro-batch through one, so GPTs and SAEs train
+through the same lines.
+"""
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from steerscale.engines.config import EngineConfig
+from steerscale.optim import OptimConfig
+from steerscale.parallel.context import ParallelContext
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core import tensor_parallel
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.module import Float16Module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[[Any, torch.nn.Module], tuple[torch.Tensor, Callable]]
+"""(micro-batch, model chunk) -> (output, loss function of the output), as Megatron-Core's schedules want it.
+
+The loss function returns (sum of losses, number of tokens, tensor to report).
+"""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a whole global batch; on every rank alike."""
+
+    loss_sum: float
+    tokens: int
+    extra: tuple[float, ...] = ()
+    """The caller's own numbers, summed over all ranks."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss a token, in nats."""
+        return self.loss_sum / self.tokens if self.tokens else math.nan
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    totals: Totals
+    grad_norm: float
+    applied: bool
+    """False when a loss or gradient was not finite: parameters and optimizer state are as before."""
+
+
+class MegatronEngine:
+    """Forward/backward over micro-batches, gradient reduction, clipping, AdamW, and their state.
+
+    Args:
+        chunks: this rank's model chunks (several under interleaving), initialised.
+        config: Megatron-Core's configuration, shared by the chunks; the engine adds its hooks to it.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        *,
+        config: TransformerConfig,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        context: ParallelContext,
+    ) -> None:
+        self.context, self.config, self.optim = context, config, optim
+        on_cuda = context.device.type == "cuda"
+        bf16 = engine.precision == "bf16"
+        overlap = engine.overlap and on_cuda
+        self.unwrapped = list(chunks)
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=engine.distributed_optimizer,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap and engine.distributed_optimizer,
+        )
+        self.chunks = [
+            DistributedDataParallel(
+                config,
+                ddp_config,
+                Float16Module(config, chunk) if bf16 else chunk,
+                # Only the first chunk's reduction can overlap with a backward that still runs.
+                disable_bucketing=index > 0,
+            )
+            for index, chunk in enumerate(chunks)
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.optimizer = get_megatron_optimizer(
+                OptimizerConfig(
+                    optimizer="adam",
+                    lr=optim.lr,
+                    weight_decay=optim.weight_decay,
+                    adam_beta1=optim.beta1,
+                    adam_beta2=optim.beta2,
+                    adam_eps=optim.eps,
+                    clip_grad=optim.clip,
+                    bf16=bf16,
+                    params_dtype=config.params_dtype,
+                    use_distributed_optimizer=engine.distributed_optimizer,
+                    overlap_param_gather=overlap and engine.distributed_optimizer,
+                ),
+                self.chunks,
+            )
+        _prepare_torch_adam(self.optimizer)
+        self._connect(overlap)
+        self._schedule = get_forward_backward_func()
+
+    def _connect(self, overlap: bool) -> None:
+        """Hooks by which Megatron-Core's schedules reach gradient reduction and loss scaling."""
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        if overlap:
+            # With gradient reduction overlapped, only the last micro-batch of a step may trigger it.
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            starts = [chunk.start_grad_sync for chunk in self.chunks]
+            self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+            self.config.grad_sync_func = starts if len(starts) > 1 else starts[0]
+
+    def train_step(
+        self, micro_batches: Sequence[Any], forward: Forward, *, lr: float, extra: tuple[float, ...] = ()
+    ) -> StepResult:
+        """One optimizer step over this replica's `micro_batches`.
+
+        Collectives beside the schedule's: one world all-reduce of 2 + len(extra) doubles (loss, tokens, the caller's
+        numbers), and the gradient norm's scalar.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = self._run(micro_batches, forward, forward_only=False)
+        totals = self._total(reports, extra)
+        self.optimizer.prepare_grads()
+        grad_norm = self.optimizer.get_grad_norm()
+        applied = math.isfinite(totals.loss_sum) and math.isfinite(grad_norm)
+        if applied:
+            self._clip(grad_norm)
+            self._set_lr(lr)
+            self.optimizer.step_with_ready_grads()
+        return StepResult(totals=totals, grad_norm=grad_norm, applied=applied)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Any], forward: Forward) -> Totals:
+        """Losses over this replica's `micro_batches`, summed over all replicas; nothing is changed."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return self._total(self._run(micro_batches, forward, forward_only=True), ())
+
+    @torch.no_grad()
+    def infer(self, micro_batch: Any, forward: Callable[[Any, torch.nn.Module], torch.Tensor]) -> torch.Tensor | None:
+        """Run one micro-batch through the pipeline; the last stage's output there, None on other stages."""
+        for chunk in self.chunks:
+            chunk.eval()
+        # Without a loss function the schedule hands back the last stage's output as it is.
+        outputs = self._run([micro_batch], lambda batch, chunk: (forward(batch, chunk), None), forward_only=True)  # type: ignore[arg-type,return-value]
+        return outputs[0] if outputs else None
+
+    def _run(self, micro_batches: Sequence[Any], forward: Forward, *, forward_only: bool) -> list[torch.Tensor]:
+        def step(batches: Iterator[Any], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+            return forward(next(batches), chunk)
+
+        iterators = [iter(micro_batches) for _ in self.chunks]
+        size, length = micro_batches[0].shape
+        return self._schedule(
+            forward_step_func=step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=length,
+            micro_batch_size=size,
+            forward_only=forward_only,
+        )
+
+    def _total(self, reports: list[torch.Tensor], extra: tuple[float, ...]) -> Totals:
+        # Doubles: token counts and hash parts of a thousand ranks stay exact.
+        sums = torch.zeros(2 + len(extra), dtype=torch.float64, device=self.context.device)
+        if reports and self.context.counts_once:
+            sums[:2] = torch.stack(reports).double().sum(dim=0)
+        if extra:
+            sums[2:] = torch.tensor(extra, dtype=torch.float64)
+        dist.all_reduce(sums)
+        loss_sum, tokens, *rest = sums.tolist()
+        return Totals(loss_sum=loss_sum, tokens=int(tokens) if math.isfinite(tokens) else 0, extra=tuple(rest))
+
+    def _clip(self, grad_norm: float) -> None:
+        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+        if self.optim.clip > 0:
+            parameters = self.optimizer.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=self.optim.clip, total_norm=grad_norm)
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = self.optim.weight_decay * group["wd_mult"]
+
+    def seed_dropout(self, seed: int) -> None:
+        """Seed this step's dropout. Seeding every step from the global step keeps generators out of checkpoints."""
+        at = self.context.at
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tensor_parallel.model_parallel_cuda_manual_seed(seed + 7919 * at.data + 104729 * at.pipeline)
+
+    def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+        """Model and optimizer as Megatron-Core sharded tensors: every layout reads what any layout wrote."""
+        model: dict[str, Any] = {}
+        for index, chunk in enumerate(self.unwrapped):
+            key = "model" if len(self.unwrapped) == 1 else f"model{index}"
+            model[key] = chunk.sharded_state_dict(metadata=SHARDING)
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=SHARDING)
+        return {**model, "optimizer": optimizer}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `sharded_state` described, after it was read."""
+        for index, chunk in enumerate(self.unwrapped):
+            chunk.load_state_dict(state["model" if len(self.unwrapped) == 1 else f"model{index}"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False}
+"""Optimizer state in the shape of the parameters, so that it follows them to any layout."""
+
+
+def _prepare_torch_adam(optimizer: Any) -> None:
+    """Where Megatron-Core fell back to torch's AdamW: use its fused kernel, and create its state now.
+
+    Megatron-Core's checkpoints expect `step` in a state that it creates without one (torch keeps it per parameter, the
+    fused optimizers it was written for do not); creating the whole state up front also makes memory known before step 1.
+    """
+    for part in optimizer.chained_optimizers:
+        adam = part.optimizer
+        if not isinstance(adam, torch.optim.AdamW):
+            continue
+        for group in adam.param_groups:
+            group["fused"] = True
+            for parameter in group["params"]:
+                adam.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }

@@ -1,0 +1,132 @@
+"""Megatron-Core without CUDA: redirect the devices it hard-codes.
+
+Megatron-Core writes `device="cuda"`, `torch.cuda.current_device()` and `.cuda()` into schedules, gradient buffers, the
+distributed optimizer, seeding and checkpoints. Where no CUDA exists, `redirect_cuda` sends all of that to the CPU (or to
+the `meta` device, for dry runs that must not allocate), so laptops and CI run the code path that clusters run.
+
+Nothing here can be active where CUDA exists: `redirect_cuda` raises there, before it has changed anything.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_FLOAT_TYPE_NAMES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+}
+
+
+def cuda_is_available() -> bool:
+    """The one question that decides between CUDA and the redirection."""
+    return torch.cuda.is_available()
+
+
+@contextlib.contextmanager
+def redirect_cuda(to: str = "cpu") -> Iterator[None]:
+    """Within this context everything Megatron-Core sends to "cuda" goes to the device `to` ("cpu" or "meta").
+
+    Raises RuntimeError where CUDA is available: there is nothing to redirect, and doing so would be silent slowness.
+    """
+    if cuda_is_available():
+        raise RuntimeError("CUDA is available: the CPU redirection must not be used")
+    # The import is late: it pulls in all of Megatron-Core, and this must also work in processes that never use it.
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    device = torch.device(to)
+    with contextlib.ExitStack() as undo:
+        for module, name, value in _replacements(megatron_random, device):
+            undo.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+        random_log = logging.getLogger(megatron_random.__name__)
+        random_log.addFilter(_expected_rng_change)
+        undo.callback(random_log.removeFilter, _expected_rng_change)
+        undo.enter_context(_DeviceRedirection(device))
+        yield
+
+
+class _DeviceRedirection(TorchFunctionMode):
+    """Rewrites cuda device arguments, makes `.cuda()` the identity, and answers `.type()` as on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The distributed optimizer recognises parameters by the name of their CUDA tensor type.
+            name = func(*args)
+            return _FLOAT_TYPE_NAMES.get(name, name)
+        if kwargs and _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": self.device}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], self.device, *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _Stream:
+    """Stands in for a CUDA stream or event: on a CPU everything is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def record_event(self, event: Any = None) -> "_Stream":
+        return self
+
+    def record(self, stream: Any = None) -> None: ...
+    def wait(self, stream: Any = None) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+
+def _replacements(megatron_random: Any, device: torch.device) -> list[tuple[Any, str, Any]]:
+    cuda = torch.cuda
+    stream = _Stream()
+
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    def get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    return [
+        (cuda, "current_device", lambda: device),
+        (cuda, "synchronize", nothing),
+        (cuda, "set_device", nothing),
+        (cuda, "empty_cache", nothing),
+        (cuda, "manual_seed", torch.manual_seed),
+        (cuda, "get_rng_state", get_rng_state),
+        (cuda, "set_rng_state", set_rng_state),
+        (cuda, "current_stream", lambda *args: stream),
+        (cuda, "default_stream", lambda *args: stream),
+        (cuda, "stream", lambda *args: stream),
+        (cuda, "Stream", _Stream),
+        (cuda, "Event", _Stream),
+        (megatron_random, "_get_cuda_rng_state", get_rng_state),
+        (megatron_random, "_set_cuda_rng_state", set_rng_state),
+    ]
+
+
+def _expected_rng_change(record: logging.LogRecord) -> bool:
+    # With the redirection the "GPU" generator is the CPU generator: Megatron-Core's warning that it moved is no news.
+    return "CPU RNG state changed" not in record.getMessage()
