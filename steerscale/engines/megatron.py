@@ -6,7 +6,6 @@ through the same lines.
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,19 +16,18 @@ import torch.distributed as dist
 from steerscale.engines.config import EngineConfig
 from steerscale.optim import OptimConfig
 from steerscale.parallel.context import ParallelContext
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from megatron.core import tensor_parallel
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.transformer.module import Float16Module
-    from megatron.core.transformer.transformer_config import TransformerConfig
+from steerscale.parallel.megatron import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    Float16Module,
+    OptimizerConfig,
+    TransformerConfig,
+    clip_grad_by_total_norm_fp32,
+    finalize_model_grads,
+    get_forward_backward_func,
+    get_megatron_optimizer,
+    tensor_parallel,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -103,24 +101,22 @@ class MegatronEngine:
             )
             for index, chunk in enumerate(chunks)
         ]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.optimizer = get_megatron_optimizer(
-                OptimizerConfig(
-                    optimizer="adam",
-                    lr=optim.lr,
-                    weight_decay=optim.weight_decay,
-                    adam_beta1=optim.beta1,
-                    adam_beta2=optim.beta2,
-                    adam_eps=optim.eps,
-                    clip_grad=optim.clip,
-                    bf16=bf16,
-                    params_dtype=config.params_dtype,
-                    use_distributed_optimizer=engine.distributed_optimizer,
-                    overlap_param_gather=overlap and engine.distributed_optimizer,
-                ),
-                self.chunks,
-            )
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optim.lr,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.beta1,
+                adam_beta2=optim.beta2,
+                adam_eps=optim.eps,
+                clip_grad=optim.clip,
+                bf16=bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=engine.distributed_optimizer,
+                overlap_param_gather=overlap and engine.distributed_optimizer,
+            ),
+            self.chunks,
+        )
         _prepare_torch_adam(self.optimizer)
         self._connect(overlap)
         self._schedule = get_forward_backward_func()
@@ -203,8 +199,6 @@ class MegatronEngine:
         return Totals(loss_sum=loss_sum, tokens=int(tokens) if math.isfinite(tokens) else 0, extra=tuple(rest))
 
     def _clip(self, grad_norm: float) -> None:
-        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-
         if self.optim.clip > 0:
             parameters = self.optimizer.get_parameters()
             if parameters:
@@ -218,9 +212,7 @@ class MegatronEngine:
     def seed_dropout(self, seed: int) -> None:
         """Seed this step's dropout. Seeding every step from the global step keeps generators out of checkpoints."""
         at = self.context.at
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tensor_parallel.model_parallel_cuda_manual_seed(seed + 7919 * at.data + 104729 * at.pipeline)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed + 7919 * at.data + 104729 * at.pipeline)
 
     def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
         """Model and optimizer as Megatron-Core sharded tensors: every layout reads what any layout wrote."""

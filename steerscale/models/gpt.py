@@ -7,22 +7,21 @@ This module knows no degree of parallelism: Megatron-Core's layers do, and the g
 """
 
 import math
-import warnings
 
 import torch
 import torch.nn.functional as F
 
 from steerscale.models.config import ModelConfig
-from steerscale.models.layer_spec import block_spec, tensor_parallel
+from steerscale.models.layer_spec import block_spec
 from steerscale.parallel.context import ParallelContext
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-    from megatron.core.models.common.language_module.language_module import LanguageModule
-    from megatron.core.transformer.enums import ModelType
-    from megatron.core.transformer.transformer_block import TransformerBlock
-    from megatron.core.transformer.transformer_config import TransformerConfig
+from steerscale.parallel.megatron import (
+    LanguageModelEmbedding,
+    LanguageModule,
+    ModelType,
+    TransformerBlock,
+    TransformerConfig,
+    tensor_parallel,
+)
 
 
 class GPT(LanguageModule):
@@ -35,7 +34,9 @@ class GPT(LanguageModule):
         chunk: virtual stage of this chunk (0 without interleaving).
     """
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, context: ParallelContext, *, chunk: int = 0) -> None:
+    def __init__(
+        self, model: ModelConfig, config: TransformerConfig, context: ParallelContext, *, chunk: int = 0
+    ) -> None:
         super().__init__(config=config, pg_collection=context.groups)
         layout = context.layout
         self.model = model
@@ -186,52 +187,50 @@ def transformer_config(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     interleaved = layout.virtual_pipeline > 1
     full = recompute == "full"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return TransformerConfig(
-            num_layers=model.num_layers,
-            hidden_size=model.d_model,
-            num_attention_heads=model.num_heads,
-            num_query_groups=model.kv_groups,
-            kv_channels=model.head_width,
-            ffn_hidden_size=model.ffn_width,
-            normalization="LayerNorm" if model.norm == "layernorm" else "RMSNorm",
-            layernorm_epsilon=model.norm_eps,
-            gated_linear_unit=model.gated,
-            activation_func=_ACTIVATIONS[model.activation],
-            add_bias_linear=model.bias,
-            add_qkv_bias=model.has_qkv_bias,
-            hidden_dropout=model.dropout,
-            attention_dropout=model.attention_dropout,
-            # Weights are drawn by `sharding.initialize_parameters`: equal for every layout, which Megatron-Core's are not.
-            perform_initialization=False,
-            tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
-            virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
-            sequence_parallel=layout.sequence,
-            params_dtype=dtype,
-            pipeline_dtype=dtype,
-            bf16=precision == "bf16",
-            # Losses are summed over tokens and divided once by their number in the whole global batch: exact for any
-            # split into micro-batches and replicas, masked tokens included.
-            calculate_per_token_loss=True,
-            recompute_granularity=None if recompute == "none" else recompute,
-            recompute_method="uniform" if full else None,
-            recompute_num_layers=1 if full else None,
-            # An output's memory is freed once it is on its way to the next stage. Overlapped gloo sends still read it
-            # after the call returned (NCCL's are ordered by streams): freeing it there corrupts what arrives.
-            deallocate_pipeline_outputs=on_cuda or not interleaved,
-            # Batched p2p under the interleaved schedule with two stages matches sends in the wrong order: gradients are
-            # silently wrong. Overlapped, unbatched p2p is right (and faster) for every number of stages.
-            overlap_p2p_comm=interleaved,
-            batch_p2p_comm=not interleaved,
-            # Both are torch.compile'd upstream: worth it on a GPU, a compiler run for nothing on a CPU.
-            bias_dropout_fusion=on_cuda,
-            bias_activation_fusion=on_cuda and model.gated,
-            masked_softmax_fusion=False,
-            gradient_accumulation_fusion=False,
-            persist_layer_norm=False,
-        )
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.d_model,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.kv_groups,
+        kv_channels=model.head_width,
+        ffn_hidden_size=model.ffn_width,
+        normalization="LayerNorm" if model.norm == "layernorm" else "RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=model.gated,
+        activation_func=_ACTIVATIONS[model.activation],
+        add_bias_linear=model.bias,
+        add_qkv_bias=model.has_qkv_bias,
+        hidden_dropout=model.dropout,
+        attention_dropout=model.attention_dropout,
+        # Weights are drawn by `sharding.initialize_parameters`: equal for every layout, which Megatron-Core's are not.
+        perform_initialization=False,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
+        sequence_parallel=layout.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        # Losses are summed over tokens and divided once by their number in the whole global batch: exact for any
+        # split into micro-batches and replicas, masked tokens included.
+        calculate_per_token_loss=True,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
+        # An output's memory is freed once it is on its way to the next stage. Overlapped gloo sends still read it
+        # after the call returned (NCCL's are ordered by streams): freeing it there corrupts what arrives.
+        deallocate_pipeline_outputs=on_cuda or not interleaved,
+        # Batched p2p under the interleaved schedule with two stages matches sends in the wrong order: gradients are
+        # silently wrong. Overlapped, unbatched p2p is right (and faster) for every number of stages.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # Both are torch.compile'd upstream: worth it on a GPU, a compiler run for nothing on a CPU.
+        bias_dropout_fusion=on_cuda,
+        bias_activation_fusion=on_cuda and model.gated,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:

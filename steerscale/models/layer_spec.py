@@ -7,22 +7,18 @@ The norm works under sequence parallelism (Megatron-Core's torch norm refuses it
 """
 
 import copy
-import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-with warnings.catch_warnings():
-    # Megatron-Core warns at import about every accelerator that is not installed; ours are reported once, at start-up.
-    warnings.simplefilter("ignore")
-    from megatron.core import tensor_parallel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-__all__ = ["CoreAttention", "Norm", "block_spec", "tensor_parallel"]
+from steerscale.parallel.megatron import (
+    ModuleSpec,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    get_gpt_layer_local_spec,
+    tensor_parallel,
+)
 
 
 class Norm(torch.nn.Module):
@@ -82,9 +78,7 @@ class CoreAttention(torch.nn.Module):
             out_BHSD = self._attend(q, k, v, attention_mask)
         return out_BHSD.permute(2, 0, 1, 3).flatten(start_dim=2)
 
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return F.scaled_dot_product_attention(
             q,
             k,
@@ -98,9 +92,7 @@ class CoreAttention(torch.nn.Module):
 
 def block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
     """Specification of `num_layers` transformer layers (one model chunk) with our norm and attention."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        layer: ModuleSpec = copy.deepcopy(get_gpt_layer_local_spec(normalization=config.normalization))
+    layer: ModuleSpec = copy.deepcopy(get_gpt_layer_local_spec(normalization=config.normalization))
     layer.submodules.input_layernorm = Norm
     layer.submodules.pre_mlp_layernorm = Norm
     layer.submodules.self_attention.submodules.core_attention = CoreAttention

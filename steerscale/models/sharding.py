@@ -103,10 +103,10 @@ def gather_parameters(chunks: Iterable[GPT], context: ParallelContext) -> dict[s
     """
     parts = [(shard, parameter.detach().cpu()) for shard, parameter in named_shards(chunks)]
     over_tensor: list = [None] * context.layout.tensor
-    dist.all_gather_object(over_tensor, [tensor for _, tensor in parts], group=context.groups.tp)  # type: ignore[attr-defined]
+    dist.all_gather_object(over_tensor, [tensor for _, tensor in parts], group=context.groups.tp)
     wholes = {shard.name: shard.merge([rank[i] for rank in over_tensor]) for i, (shard, _) in enumerate(parts)}
     over_pipeline: list = [None] * context.layout.pipeline
-    dist.all_gather_object(over_pipeline, wholes, group=context.groups.pp)  # type: ignore[attr-defined]
+    dist.all_gather_object(over_pipeline, wholes, group=context.groups.pp)
     merged: dict[str, torch.Tensor] = {}
     for stage in over_pipeline:
         merged.update(stage)

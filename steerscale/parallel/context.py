@@ -16,6 +16,7 @@ import torch.distributed as dist
 from steerscale.errors import LaunchError
 from steerscale.parallel.cpu import cuda_is_available, redirect_cuda
 from steerscale.parallel.layout import Coordinates, ParallelLayout
+from steerscale.parallel.megatron import ProcessGroupCollection, parallel_state, quiet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class ParallelContext:
     layout: ParallelLayout
     rank: int
     device: torch.device
-    groups: "object" = field(repr=False)
+    groups: ProcessGroupCollection = field(repr=False)
     """Megatron-Core's ProcessGroupCollection: .tp .pp .dp .mp .embd ... of this rank."""
 
     @property
@@ -72,6 +73,7 @@ def initialize(
         LaunchError: the number of ranks is not the layout's.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet())
         target = _select_device(device)
         if target.type == "cuda":
             torch.cuda.set_device(target)
@@ -89,9 +91,6 @@ def initialize(
 
 @contextlib.contextmanager
 def _build_groups(layout: ParallelLayout, device: torch.device) -> Iterator[ParallelContext]:
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
     virtual = layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,

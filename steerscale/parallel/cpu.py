@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from steerscale.parallel.megatron import megatron_random
+
 _FLOAT_TYPE_NAMES = {
     "torch.FloatTensor": "torch.cuda.FloatTensor",
     "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
@@ -35,12 +37,9 @@ def redirect_cuda(to: str = "cpu") -> Iterator[None]:
     """
     if cuda_is_available():
         raise RuntimeError("CUDA is available: the CPU redirection must not be used")
-    # The import is late: it pulls in all of Megatron-Core, and this must also work in processes that never use it.
-    from megatron.core.tensor_parallel import random as megatron_random
-
     device = torch.device(to)
     with contextlib.ExitStack() as undo:
-        for module, name, value in _replacements(megatron_random, device):
+        for module, name, value in _replacements(device):
             undo.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)
         random_log = logging.getLogger(megatron_random.__name__)
@@ -97,7 +96,7 @@ class _Stream:
         return True
 
 
-def _replacements(megatron_random: Any, device: torch.device) -> list[tuple[Any, str, Any]]:
+def _replacements(device: torch.device) -> list[tuple[Any, str, Any]]:
     cuda = torch.cuda
     stream = _Stream()
 

@@ -1,0 +1,80 @@
+"""All of Megatron-Core that steerscale stands on, imported in one place.
+
+Two reasons: the list is what has to be checked when Megatron-Core moves (0.16 to 0.19 have it all), and importing it prints a
+warning for every accelerator that is not installed, which our own start-up report says once and better.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.enums import ModelType
+    from megatron.core.transformer.module import Float16Module
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+__all__ = [
+    "DistributedDataParallel",
+    "DistributedDataParallelConfig",
+    "Float16Module",
+    "LanguageModelEmbedding",
+    "LanguageModule",
+    "ModelType",
+    "ModuleSpec",
+    "OptimizerConfig",
+    "ProcessGroupCollection",
+    "TransformerBlock",
+    "TransformerBlockSubmodules",
+    "TransformerConfig",
+    "clip_grad_by_total_norm_fp32",
+    "dist_checkpointing",
+    "finalize_model_grads",
+    "get_forward_backward_func",
+    "get_gpt_layer_local_spec",
+    "get_megatron_optimizer",
+    "megatron_random",
+    "parallel_state",
+    "quiet",
+    "tensor_parallel",
+]
+
+_KNOWN_WARNINGS = (
+    # torch renamed two collectives that Megatron-Core calls by their old names.
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+    # DDP looks at `.grad` of gradient-accumulation nodes' inputs on purpose.
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence Megatron-Core's own warnings and the two that torch raises about it; everything else is shown."""
+    log = logging.getLogger("megatron")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"megatron\.")
+            for message in _KNOWN_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        log.setLevel(level)
