@@ -106,8 +106,8 @@ class ParallelLayout:
         if self.virtual_pipeline > 1:
             if self.pipeline == 1:
                 raise LayoutError(
-                    f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1: it interleaves the "
-                    "chunks of several stages"
+                    f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1: "
+                    "it interleaves the chunks of several stages"
                 )
             if self.gradient_accumulation_steps % self.pipeline:
                 raise LayoutError(
