@@ -1,15 +1,12 @@
-"""Which part of which whole parameter does this rank hold?
+"""Which part of which whole GPT parameter does this rank hold?
 
-One answer for everything that crosses layouts: layout-independent initial weights, import and export of other formats, and
-gathering parameters to compare runs. The *whole* form of a parameter is that of a single process: its global name (layers
-numbered over the whole model) and its full shape. Tensor parallelism cuts along one dimension; a gated MLP's first matrix is
-cut in both of its halves, [gate; up], so that a rank holds [gate_r; up_r].
+One answer for everything that crosses layouts: layout-independent initial weights, checkpoints, import and export of other
+formats, and gathering parameters to compare runs. See `parallel.shards` for what the whole form is.
 """
 
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,32 +14,7 @@ import torch.distributed as dist
 from steerscale.models.config import ModelConfig
 from steerscale.models.gpt import GPT, output_std
 from steerscale.parallel.context import ParallelContext
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """How one local parameter relates to the whole one."""
-
-    name: str
-    """Global name."""
-    dim: int | None
-    """Dimension that tensor parallelism cuts; None: every tensor rank holds the whole."""
-    halves: int
-    """1, or 2 for a gated MLP's [gate; up]."""
-
-    def take(self, whole: torch.Tensor, *, rank: int, size: int) -> torch.Tensor:
-        """The part of tensor rank `rank` of `size` (a view where possible)."""
-        if self.dim is None or size == 1:
-            return whole
-        parts = [half.chunk(size, dim=self.dim)[rank] for half in whole.chunk(self.halves, dim=self.dim)]
-        return parts[0] if self.halves == 1 else torch.cat(parts, dim=self.dim)
-
-    def merge(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The whole from the parts of all tensor ranks, in rank order."""
-        if self.dim is None or len(parts) == 1:
-            return parts[0]
-        halves = [part.chunk(self.halves, dim=self.dim) for part in parts]
-        return torch.cat([half[index] for index in range(self.halves) for half in halves], dim=self.dim)
+from steerscale.parallel.shards import Shard
 
 
 def named_shards(chunks: Iterable[GPT]) -> Iterator[tuple[Shard, torch.nn.Parameter]]:
@@ -57,11 +29,13 @@ def named_shards(chunks: Iterable[GPT]) -> Iterator[tuple[Shard, torch.nn.Parame
 
 def _shard(chunk: GPT, name: str, parameter: torch.nn.Parameter) -> Shard:
     name = re.sub(r"^decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{int(m[1]) + chunk.first_layer}", name)
-    if chunk.model.tie_embeddings and name == "output_layer.weight":
+    duplicate = chunk.model.tie_embeddings and name == "output_layer.weight"
+    if duplicate:
         name = "embedding.word_embeddings.weight"
     split = getattr(parameter, "tensor_model_parallel", False)
     gated = chunk.model.gated and ".linear_fc1." in name
-    return Shard(name=name, dim=parameter.partition_dim if split else None, halves=2 if gated else 1)  # type: ignore[attr-defined]
+    dim = parameter.partition_dim if split else None  # type: ignore[attr-defined]
+    return Shard(name=name, dim=dim, halves=2 if gated else 1, duplicate=duplicate)
 
 
 @torch.no_grad()
@@ -76,10 +50,8 @@ def initialize_parameters(chunks: Iterable[GPT], context: ParallelContext, *, se
         if parameter.ndim == 1:
             parameter.fill_(1.0 if shard.name.endswith("norm.weight") else 0.0)
             continue
-        shape = list(parameter.shape)
-        if shard.dim is not None:
-            shape[shard.dim] *= size
-        whole = torch.empty(shape, dtype=torch.float32, device=parameter.device)
+        whole_shape = shard.whole_shape(parameter.shape, size=size)
+        whole = torch.empty(whole_shape, dtype=torch.float32, device=parameter.device)
         if whole.device.type != "meta":
             generator = torch.Generator(device=whole.device).manual_seed(_seed(seed, shard.name))
             whole.normal_(0.0, _std(shard.name, next(iter(chunks)).model), generator=generator)
