@@ -1,0 +1,68 @@
+"""`steerscale tokenizer train | show`."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Register `steerscale tokenizer`."""
+    parser = subparsers.add_parser("tokenizer", help="train a tokenizer, or look at one")
+    commands = parser.add_subparsers(dest="tokenizer_command", metavar="COMMAND", required=True)
+    train = commands.add_parser("train", help="learn a vocabulary from text files")
+    train.add_argument("inputs", nargs="+", metavar="INPUT", help="text file (also compressed), or sample:german")
+    train.add_argument("-o", "--output", type=Path, required=True, help="new directory for the tokenizer")
+    train.add_argument("--type", default="unigram", help="unigram (default) or bpe")
+    train.add_argument("--vocab-size", type=int, default=16384, help="tokens in all (default: %(default)s)")
+    train.add_argument("--character-coverage", type=float, default=0.9995, help="rest in bytes (default: %(default)s)")
+    train.add_argument("--special", action="append", default=[], metavar="TEXT", help="always one token; repeatable")
+    train.add_argument("--input-sentence-size", type=int, default=0, help="learn from so many random lines (0: all)")
+    train.add_argument("--seed", type=int, default=0, help="chooses those lines (default: %(default)s)")
+    add_reading_arguments(train)
+    train.add_argument("--force", action="store_true", help="replace an existing tokenizer")
+    train.set_defaults(run=_train)
+    show = commands.add_parser("show", help="what a tokenizer is, and how it cuts a text")
+    show.add_argument("tokenizer", type=Path, help="tokenizer directory, ours or of a Hugging Face model")
+    show.add_argument("text", nargs="?", help="a text to tokenize")
+    show.set_defaults(run=_show)
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say how text inputs are understood."""
+    parser.add_argument("--format", default="auto", help="auto (default), txt, jsonl, parquet or hf (`datasets`)")
+    parser.add_argument("--documents", default="line", help="a document of a txt ends with: line (default), blank-line")
+    parser.add_argument("--text-key", default="text", help="field or column of the text (default: %(default)s)")
+
+
+def _train(args: argparse.Namespace) -> None:
+    from steerscale.data.blocks import Reading, read_texts
+    from steerscale.data.sources import describe_sources, find_sources
+    from steerscale.tokenizers.config import TokenizerConfig
+    from steerscale.tokenizers.directory import new_directory
+    from steerscale.tokenizers.registry import train_tokenizer
+
+    config = TokenizerConfig(
+        type=args.type,
+        vocab_size=args.vocab_size,
+        character_coverage=args.character_coverage,
+        special=args.special,
+        input_sentence_size=args.input_sentence_size,
+        seed=args.seed,
+    )
+    sources = find_sources(args.inputs, format=args.format)
+    texts = read_texts(sources, Reading(documents=args.documents, text_key=args.text_key))
+    with new_directory(args.output, force=args.force) as directory:
+        tokenizer = train_tokenizer(config, texts, sources=describe_sources(sources))
+        tokenizer.save(directory)
+    print(f"{args.output}: {tokenizer.type} tokenizer, {tokenizer.vocab_size} tokens, hash {tokenizer.hash[:12]}")
+
+
+def _show(args: argparse.Namespace) -> None:
+    from steerscale.tokenizers.registry import load_tokenizer
+
+    tokenizer = load_tokenizer(args.tokenizer)
+    print(f"type {tokenizer.type}, {tokenizer.vocab_size} tokens, eos {tokenizer.eos_id}, hash {tokenizer.hash}")
+    if args.text is not None:
+        ids = tokenizer.encode(args.text)
+        print(f"{len(ids)} tokens, {len(args.text.encode())} bytes")
+        for token in ids:
+            print(f"{token:>8}  {tokenizer.piece(token)}")
