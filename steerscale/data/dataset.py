@@ -115,6 +115,11 @@ class SampleStream:
         """Samples in one pass over each dataset, in the order of data.blend."""
         return [windows.per_epoch for windows in self._windows]
 
+    def limit(self, num_samples: int | None) -> None:
+        """End a finite stream after `num_samples`, if it has more; None leaves it as it is."""
+        if num_samples is not None and self.num_samples is not None:
+            self.num_samples = min(self.num_samples, num_samples)
+
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Dataset number and first token of the samples at these positions: int64 [N] -> (int64 [N], int64 [N])."""
         if len(positions) and self.num_samples is not None and positions.max() >= self.num_samples:

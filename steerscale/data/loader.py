@@ -33,6 +33,12 @@ class MicroBatch:
     documents_BS: torch.Tensor | None = None
     """Running number of the document in the sequence, int32; attention stays within equal numbers. None: no limits."""
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, S)."""
+        rows, length = self.tokens_BS.shape
+        return rows, length
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "MicroBatch":
         """The same on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
