@@ -104,7 +104,7 @@ def test_whole_floats_are_whole_numbers() -> None:
 
 def test_none_is_for_optional_fields() -> None:
     assert outer(limit=None).limit is None
-    assert outer(limit=4).limit == 4
+    assert outer(limit=0).limit == 0
     assert outer(maybe=None).maybe is None
     assert outer(maybe={"width": 2}).maybe == Inner(width=2)
 

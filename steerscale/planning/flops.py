@@ -7,6 +7,7 @@ Model FLOPs are what the mathematics asks for, whatever the implementation does:
 attends to its own past only. Hardware FLOPs are what the devices execute: the padded vocabulary and, on top, what
 recomputation repeats. Neither counts norms, activation functions, softmax, biases, rotary embeddings, the embedding
 look-up, the loss, the optimizer, nor the scores that a fused attention kernel rebuilds inside its own backward.
+Documents packed into one sequence count as one document, though attention between them is masked.
 """
 
 from dataclasses import dataclass

@@ -209,6 +209,22 @@ def test_stages_hold_what_is_theirs() -> None:
     assert stages[0].weights == 2 * (model.num_parameters(embeddings=False) - 8192 + 4 * (51200 + 2048) * 4096) // 4
 
 
+def test_each_part_is_divided_by_its_own_degrees() -> None:
+    model = gpt3(32, 4096)
+    layout = ParallelLayout(tensor=2, pipeline=2, virtual_pipeline=2, data=4, gradient_accumulation_steps=4)
+    first, last = (
+        estimate_memory(model, layout, precision="bf16", distributed_optimizer=True, recompute="none", stage=stage)
+        for stage in range(2)
+    )
+    # ranks 0 to 7 are stage 0; without dropout a layer keeps (8 + 24/2) s b h; chunks of 8 layers, 5 and 3 in flight
+    assert first.weights == 2 * shard_parameters(model, layout, 7)
+    assert last.weights == 2 * shard_parameters(model, layout, 8) < first.weights
+    assert last.optimizer == 12 * shard_parameters(model, layout, 8) // 4
+    assert first.activations == 5 * 8 * 20 * 2048 * 4096
+    assert last.activations == (3 * 8 * 20 + 4) * 2048 * 4096
+    assert (first.logits, last.logits) == (0, 4 * 2048 * 51200 // 2)
+
+
 def test_recomputation_holds_one_layers_working_set() -> None:
     estimate = estimate_memory(
         SIX_BILLION,
