@@ -66,13 +66,17 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.decode(list(map(int, ids)))
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        documents = self._processor.encode(texts, add_eos=True, num_threads=1)
+        documents = self._encode_batch(texts)
         for index, text in enumerate(texts):
             if SPACE in text:
-                documents[index] = [*self.encode(text), self.eos_id]
-        lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
-        ids = np.fromiter(itertools.chain.from_iterable(documents), dtype=np.int32, count=int(lengths.sum()))
-        return ids, lengths
+                documents[index] = np.array([*self.encode(text), self.eos_id], dtype=np.int32)
+        return np.concatenate(documents), np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
+
+    def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        # Arrays spare a Python integer for each token, almost a fifth of all the time.
+        if hasattr(self._processor, "encode_as_numpy"):  # older releases lack it
+            return self._processor.encode(texts, add_eos=True, num_threads=1, return_type="numpy")
+        return [np.array(ids, np.int32) for ids in self._processor.encode(texts, add_eos=True, num_threads=1)]
 
     def piece(self, token: int) -> str:
         return self._processor.id_to_piece(token)
