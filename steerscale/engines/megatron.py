@@ -7,13 +7,16 @@ through the same lines.
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from steerscale.checkpoint.fragments import Fragment, FragmentReader
 from steerscale.engines.config import EngineConfig
+from steerscale.engines.state import load_fragments, state_fragments
 from steerscale.optim import OptimConfig
 from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.megatron import (
@@ -28,6 +31,7 @@ from steerscale.parallel.megatron import (
     get_megatron_optimizer,
     tensor_parallel,
 )
+from steerscale.parallel.shards import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +40,9 @@ Forward = Callable[[Any, torch.nn.Module], tuple[torch.Tensor, Callable]]
 
 The loss function returns (sum of losses, number of tokens, tensor to report).
 """
+
+
+Timer = Callable[[str], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class MegatronEngine:
 
     Args:
         chunks: this rank's model chunks (several under interleaving), initialised.
+        shards: every parameter of the chunks with its place in the whole model.
         config: Megatron-Core's configuration, shared by the chunks; the engine adds its hooks to it.
     """
 
@@ -75,6 +83,7 @@ class MegatronEngine:
         self,
         chunks: Sequence[torch.nn.Module],
         *,
+        shards: Sequence[tuple[Shard, torch.nn.Parameter]],
         config: TransformerConfig,
         engine: EngineConfig,
         optim: OptimConfig,
@@ -85,6 +94,8 @@ class MegatronEngine:
         bf16 = engine.precision == "bf16"
         overlap = engine.overlap and on_cuda
         self.unwrapped = list(chunks)
+        self.shards = list(shards)
+        self._distributed = engine.distributed_optimizer
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=engine.distributed_optimizer,
@@ -133,26 +144,34 @@ class MegatronEngine:
             self.config.grad_sync_func = starts if len(starts) > 1 else starts[0]
 
     def train_step(
-        self, micro_batches: Sequence[Any], forward: Forward, *, lr: float, extra: tuple[float, ...] = ()
+        self,
+        micro_batches: Sequence[Any],
+        forward: Forward,
+        *,
+        lr: float,
+        extra: tuple[float, ...] = (),
+        timer: Timer = nullcontext,
     ) -> StepResult:
         """One optimizer step over this replica's `micro_batches`.
 
-        Collectives beside the schedule's: one world all-reduce of 2 + len(extra) doubles (loss, tokens, the caller's
-        numbers), and the gradient norm's scalar.
+        `timer(name)` gives a context in which "forward-backward" and "optimizer" are measured. Collectives beside the
+        schedule's: one world all-reduce of 2 + len(extra) doubles (loss, tokens, the caller's numbers), and the gradient
+        norm's scalar.
         """
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        reports = self._run(micro_batches, forward, forward_only=False)
-        totals = self._total(reports, extra)
-        self.optimizer.prepare_grads()
-        grad_norm = self.optimizer.get_grad_norm()
-        applied = math.isfinite(totals.loss_sum) and math.isfinite(grad_norm)
-        if applied:
-            self._clip(grad_norm)
-            self._set_lr(lr)
-            self.optimizer.step_with_ready_grads()
+        with timer("forward-backward"):
+            for chunk in self.chunks:
+                chunk.train()
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            totals = self._total(self._run(micro_batches, forward, forward_only=False), extra)
+        with timer("optimizer"):
+            self.optimizer.prepare_grads()
+            grad_norm = self.optimizer.get_grad_norm()
+            applied = math.isfinite(totals.loss_sum) and math.isfinite(grad_norm)
+            if applied:
+                self._clip(grad_norm)
+                self._set_lr(lr)
+                self.optimizer.step_with_ready_grads()
         return StepResult(totals=totals, grad_norm=grad_norm, applied=applied)
 
     @torch.no_grad()
@@ -214,31 +233,19 @@ class MegatronEngine:
         at = self.context.at
         tensor_parallel.model_parallel_cuda_manual_seed(seed + 7919 * at.data + 104729 * at.pipeline)
 
-    def sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
-        """Model and optimizer as Megatron-Core sharded tensors: every layout reads what any layout wrote."""
-        model: dict[str, Any] = {}
-        for index, chunk in enumerate(self.unwrapped):
-            key = "model" if len(self.unwrapped) == 1 else f"model{index}"
-            model[key] = chunk.sharded_state_dict(metadata=SHARDING)
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=SHARDING)
-        return {**model, "optimizer": optimizer}
+    def fragments(self) -> list[Fragment]:
+        """This rank's part of the state, for a checkpoint."""
+        return state_fragments(self.shards, self.optimizer, self.context, distributed=self._distributed)
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `sharded_state` described, after it was read."""
-        for index, chunk in enumerate(self.unwrapped):
-            chunk.load_state_dict(state["model" if len(self.unwrapped) == 1 else f"model{index}"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False}
-"""Optimizer state in the shape of the parameters, so that it follows them to any layout."""
+    def load(self, reader: FragmentReader, *, optimizer_steps: int) -> None:
+        """Take over the state of a checkpoint, whatever layout wrote it."""
+        load_fragments(self.shards, self.optimizer, self.context, reader, optimizer_steps=optimizer_steps)
 
 
 def _prepare_torch_adam(optimizer: Any) -> None:
     """Where Megatron-Core fell back to torch's AdamW: use its fused kernel, and create its state now.
 
-    Megatron-Core's checkpoints expect `step` in a state that it creates without one (torch keeps it per parameter, the
-    fused optimizers it was written for do not); creating the whole state up front also makes memory known before step 1.
+    With the whole state there from the start, checkpoints have one form from step 0 and memory is known before step 1.
     """
     for part in optimizer.chained_optimizers:
         adam = part.optimizer

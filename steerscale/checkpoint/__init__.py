@@ -1,0 +1,1 @@
+"""Sharded, engine-neutral checkpoints in safetensors: `fragments` is the format, `store` the directories."""

@@ -1,0 +1,189 @@
+"""Everything a run reports, written from one place: metrics.jsonl, TensorBoard, optionally W&B, and the console.
+
+`metrics.jsonl` is the record; the others show it. One JSON object a line, told apart by "kind":
+
+    train   every metrics.interval steps          eval   an evaluation
+    skip    a step that was not applied           start  the process began (or resumed) at a step
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+LEGACY_TFLOPS = "iteration-time/TFLOPs per gpu (estimated)"
+LEGACY_SECONDS = "iteration-time/iteration-time"
+"""Tags under which OpenGPT-X's dashboards look; the formula behind the first is `planning.flops.legacy_flops`."""
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Writes records; made on every rank, but only rank 0's has anywhere to write to."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        writes: bool,
+        tensorboard: bool = True,
+        wandb_project: str | None = None,
+        config_text: str = "",
+        step: int = 0,
+        name: str = "",
+    ) -> None:
+        """`step` is where the run begins: records from later steps, left by a killed process, are dropped."""
+        self._file: TextIO | None = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if not writes:
+            return
+        path = run_dir / "metrics.jsonl"
+        _truncate(path, step)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tb"), purge_step=step + 1 if step else None)
+            self._tensorboard.add_text("config", f"```yaml\n{config_text}\n```", step)
+        if wandb_project is not None:
+            import wandb
+
+            self._wandb = wandb.init(project=wandb_project, name=name, dir=str(run_dir), resume="allow")
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Add a record. Values that are not finite are written as null, since JSON has no word for them."""
+        if self._file is None:
+            return
+        record = {
+            "kind": kind,
+            "step": step,
+            "time": round(time.time(), 3),
+            **{k: _plain(v) for k, v in values.items()},
+        }
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        scalars = {name: value for name, value in _scalars(kind, record) if value is not None}
+        if self._tensorboard is not None:
+            for tag, value in scalars.items():
+                self._tensorboard.add_scalar(tag, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        for writer in (self._tensorboard, self._file):
+            if writer is not None:
+                writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def console_line(record: Mapping[str, Any], *, steps: int) -> str:
+    """One line a log interval: what people watch while a run is going."""
+    step = record["step"]
+    parts = [
+        f"step {step:>{len(str(steps))}}/{steps}",
+        f"loss {record['loss']:.4f}",
+        f"grad {record['grad_norm']:.3f}",
+        f"lr {record['lr']:.2e}",
+    ]
+    if record.get("seconds_per_step"):
+        parts.append(f"{format_seconds(record['seconds_per_step'])}/step")
+    if record.get("tokens_per_second_per_gpu"):
+        parts.append(f"{record['tokens_per_second_per_gpu']:,.0f} tok/s/rank")
+        parts.append(f"{record['model_tflops_per_gpu']:.3g} TFLOP/s/rank")
+    if record.get("mfu") is not None:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    if record.get("skipped_total"):
+        parts.append(f"skipped {record['skipped_total']}")
+    if record.get("eta_seconds") is not None:
+        parts.append(f"ETA {format_duration(record['eta_seconds'])}")
+    return "  ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """A short time with a sensible unit."""
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def format_duration(seconds: float) -> str:
+    """A long time as people say it."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def read_records(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Records of a run directory, of one kind or all; a last line cut short by a crash is left out."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if kind is None or record.get("kind") == kind:
+            records.append(record)
+    return records
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drop records after `step`: a resumed run writes them again, and nobody should see a step twice."""
+    if not path.is_file():
+        return
+    kept = [record for record in read_records(path.parent) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+_TAGS = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad norm",
+    "lr": "train/learning rate",
+    "loss_scale": "train/loss scale",
+    "skipped_total": "train/skipped steps",
+    "consumed_samples": "train/consumed samples",
+    "global_batch_size": "train/global batch size",
+    "seconds_per_step": LEGACY_SECONDS,
+    "legacy_tflops_per_gpu": LEGACY_TFLOPS,
+    "model_tflops_per_gpu": "throughput/model TFLOPs per GPU",
+    "hardware_tflops_per_gpu": "throughput/hardware TFLOPs per GPU",
+    "mfu": "throughput/MFU",
+    "hfu": "throughput/HFU",
+    "tokens_per_second_per_gpu": "throughput/tokens per second per GPU",
+    "samples_per_second": "throughput/samples per second",
+    "bubble_fraction": "throughput/pipeline bubble (estimated)",
+    "memory_peak_gib_min": "memory/peak GiB, lowest rank",
+    "memory_peak_gib_max": "memory/peak GiB, highest rank",
+}
+
+
+def _scalars(kind: str, record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+    if kind == "eval":
+        names = ("loss", "perplexity", "bits_per_byte")
+        return [(f"valid/{name.replace('_', ' ')}", record[name]) for name in names if name in record]
+    if kind != "train":
+        return []
+    tags = [(tag, record[name]) for name, tag in _TAGS.items() if name in record]
+    split = [(f"time/{name}", value) for name, value in record.get("seconds", {}).items()]
+    return tags + split
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return value

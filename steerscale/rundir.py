@@ -1,0 +1,160 @@
+"""The run directory: the whole truth about a run. Torch-free; written by launcher and workers, read by everything else.
+
+config.yaml        the resolved configuration; config.N.yaml: of earlier starts that differed
+environment.json   code version, packages, host, command line of the last start
+status.json        state, step, time: see `Status`
+metrics.jsonl      the record of training          tb/  the same for TensorBoard
+checkpoints/       see `checkpoint.store`
+logs/rank_N.log    everything rank N printed       logs/rank_N.error.json  how it failed, if it did
+"""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from steerscale import __version__
+from steerscale.config import dump_yaml, load_yaml
+from steerscale.errors import ConfigError, SteerscaleError
+
+CONFIG, ENVIRONMENT, STATUS = "config.yaml", "environment.json", "status.json"
+PACKAGES = ("torch", "megatron-core", "deepspeed", "transformer-engine", "hydra-core", "numpy", "sentencepiece")
+
+State = Literal["created", "running", "stopped", "finished", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """How a run stands. `stopped` is the marker of a clean stop on a signal: a checkpoint is there, start again to go on."""
+
+    state: State
+    step: int = 0
+    steps: int = 0
+    updated: float = 0.0
+    """Unix time of the last change."""
+    host: str = ""
+    reason: str = ""
+    """Why it stopped or failed."""
+
+
+def create_run_dir(run_dir: Path, config: Any, *, command: Sequence[str]) -> bool:
+    """Write a new run directory, or take up an existing one; returns whether it existed.
+
+    A new one appears whole (written beside it and renamed). Raises ConfigError if `run_dir` is something else.
+    """
+    text = dump_yaml(config)
+    environment = json.dumps(describe_environment(command), indent=1)
+    if run_dir.exists():
+        if not (run_dir / CONFIG).is_file():
+            raise ConfigError(
+                f"run_dir={run_dir} exists and is no run directory: choose another with run_dir=... or name=..."
+            )
+        if (run_dir / CONFIG).read_text(encoding="utf-8") != text:
+            number = len(list(run_dir.glob("config.*.yaml")))
+            (run_dir / CONFIG).rename(run_dir / f"config.{number}.yaml")
+            write_text(run_dir / CONFIG, text)
+        write_text(run_dir / ENVIRONMENT, environment)
+        for old in (run_dir / "logs").glob("rank_*.error.json"):
+            old.unlink()
+        return True
+    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
+    (temporary / "logs").mkdir(parents=True)
+    (temporary / CONFIG).write_text(text, encoding="utf-8")
+    (temporary / ENVIRONMENT).write_text(environment, encoding="utf-8")
+    write_status(temporary, Status(state="created"))
+    temporary.rename(run_dir)
+    return False
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The resolved configuration as plain values. Raises ConfigError if this is no run directory."""
+    if not (run_dir / CONFIG).is_file():
+        raise ConfigError(f"{run_dir} is no run directory: it has no {CONFIG}")
+    return load_yaml(run_dir / CONFIG)
+
+
+def write_status(run_dir: Path, status: Status) -> None:
+    """Replace status.json."""
+    content = {**asdict(status), "updated": round(time.time(), 3), "host": socket.gethostname()}
+    write_text(run_dir / STATUS, json.dumps(content, indent=1) + "\n")
+
+
+def read_status(run_dir: Path) -> Status:
+    """The last status. Raises SteerscaleError if it cannot be read."""
+    try:
+        return Status(**json.loads((run_dir / STATUS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise SteerscaleError(f"{run_dir / STATUS} cannot be read: {error}") from error
+
+
+def write_error(run_dir: Path, rank: int, error: BaseException) -> None:
+    """Leave word of how this rank failed for the launcher's summary."""
+    content = {
+        "rank": rank,
+        "time": time.time(),
+        "type": type(error).__name__,
+        "message": str(error),
+        "user_error": isinstance(error, SteerscaleError),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    write_text(run_dir / "logs" / f"rank_{rank}.error.json", json.dumps(content))
+
+
+def read_errors(run_dir: Path) -> list[dict[str, Any]]:
+    """All ranks' errors, the earliest first: the others usually failed because of it."""
+    errors = [json.loads(path.read_text(encoding="utf-8")) for path in (run_dir / "logs").glob("rank_*.error.json")]
+    return sorted(errors, key=lambda error: error["time"])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file at once: readers see the old or the new content."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def describe_environment(command: Sequence[str]) -> dict[str, Any]:
+    """Code version, packages, host. No environment variables: they may hold secrets."""
+    return {
+        "steerscale": __version__,
+        "git": _git_version(),
+        "python": sys.version.split()[0],
+        "packages": {name: version for name in PACKAGES if (version := _package_version(name))},
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpus": os.cpu_count(),
+        "command": list(command),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_version() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    answer = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return answer.stdout.strip() or None

@@ -1,0 +1,177 @@
+"""The configuration of a whole run: what `config.yaml` of a run directory holds. Torch-free."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from steerscale.checkpoint.config import CheckpointConfig
+from steerscale.config import require
+from steerscale.data.config import DataConfig
+from steerscale.engines.config import EngineConfig
+from steerscale.errors import ConfigError, LayoutError
+from steerscale.models.config import ModelConfig
+from steerscale.optim import OptimConfig
+from steerscale.parallel.layout import ParallelConfig, ParallelLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class RampUpConfig:
+    """Growing global batch size: from `start` by `increment` until parallel.global_batch_size, over `samples`."""
+
+    start: int
+    """First global batch size, in sequences."""
+    increment: int
+    """Growth at each stage, in sequences."""
+    samples: int
+    """Sequences over which the batch grows, in equal stages."""
+
+    def __post_init__(self) -> None:
+        for name in ("start", "increment", "samples"):
+            require(getattr(self, name) > 0, f"train.ramp_up.{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    ramp_up: RampUpConfig | None = None
+    """Batch-size ramp-up; null: the full global batch from the first step."""
+    eval_interval: int = 1000
+    """Steps between evaluations on the held-out split; 0: none. The end of the run evaluates as well."""
+    eval_samples: int | None = None
+    """Held-out sequences an evaluation reads; null: all."""
+    max_skipped_in_row: int = 10
+    """Steps in a row with a loss or gradient that is not finite after which the run stops."""
+    init_from: str | None = None
+    """Hugging Face directory with the weights to start from; null: random ones."""
+
+    def __post_init__(self) -> None:
+        require(self.steps > 0, f"train.steps must be positive, got {self.steps}")
+        require(self.eval_interval >= 0, f"train.eval_interval must not be negative, got {self.eval_interval}")
+        require(
+            self.eval_samples is None or self.eval_samples > 0,
+            f"train.eval_samples must be positive or null, got {self.eval_samples}",
+        )
+        require(
+            self.max_skipped_in_row > 0, f"train.max_skipped_in_row must be positive, got {self.max_skipped_in_row}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """What is written down while training."""
+
+    interval: int = 10
+    """Steps between lines on the console, in metrics.jsonl and in TensorBoard."""
+    warmup_steps: int = 3
+    """First steps of each start that do not count in throughput: allocation, autotuning and page faults are in them."""
+    tensorboard: bool = True
+    """Write event files to run_dir/tb."""
+    wandb_project: str | None = None
+    """Weights & Biases project; needs the extra `wandb`."""
+    peak_tflops: float | None = None
+    """Dense peak of one device in 1e12 FLOP/s, for MFU; null takes it from the device's name, if that is known."""
+
+    def __post_init__(self) -> None:
+        require(self.interval > 0, f"metrics.interval must be positive, got {self.interval}")
+        require(self.warmup_steps >= 0, f"metrics.warmup_steps must not be negative, got {self.warmup_steps}")
+        require(
+            self.peak_tflops is None or self.peak_tflops > 0,
+            f"metrics.peak_tflops must be positive or null, got {self.peak_tflops}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LauncherConfig:
+    """How ranks are started."""
+
+    name: Literal["local", "dry_run"] = "local"
+    """local: on this machine; dry_run: start nothing, build the shards on no device and print the plan."""
+    threads_per_rank: int | None = None
+    """OMP_NUM_THREADS of each rank; null divides the machine's cores among the ranks."""
+    timeout_minutes: float = 10.0
+    """A collective that takes longer ends the run: a rank has died or hangs."""
+    grace_seconds: float = 120.0
+    """After a stop signal, time for the ranks to finish the step and write a checkpoint before they are killed."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """dry_run: global ranks whose shard is built and shown."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.threads_per_rank is None or self.threads_per_rank > 0,
+            f"launcher.threads_per_rank must be positive or null, got {self.threads_per_rank}",
+        )
+        for name in ("timeout_minutes", "grace_seconds"):
+            require(getattr(self, name) > 0, f"launcher.{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything about one run."""
+
+    name: str
+    """Name of the run."""
+    run_dir: str
+    """Its directory; starting again with the same one resumes it."""
+    model: ModelConfig
+    """The model."""
+    data: DataConfig
+    """The datasets."""
+    train: TrainConfig
+    """The loop."""
+    seed: int = 1234
+    """Initial weights, order of samples and dropout follow from it."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Degrees and batch sizes."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Precision, recompute, optimizer sharding."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """AdamW and its schedule."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    """Measurements."""
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    """Starting ranks."""
+
+    def layout(self) -> ParallelLayout:
+        """The checked layout. Raises LayoutError if it does not fit itself or the model."""
+        layout = ParallelLayout.resolve(self.parallel)
+        layout.check_model(self.model)
+        return layout
+
+
+def batch_size_at(ramp_up: RampUpConfig | None, layout: ParallelLayout, consumed_samples: int) -> int:
+    """Global batch size of the step that begins after `consumed_samples` sequences."""
+    full = layout.global_batch_size
+    if ramp_up is None or consumed_samples >= ramp_up.samples:
+        return full
+    stages = -(-(full - ramp_up.start) // ramp_up.increment)
+    stage = consumed_samples * stages // ramp_up.samples
+    return min(ramp_up.start + stage * ramp_up.increment, full)
+
+
+def check_ramp_up(ramp_up: RampUpConfig | None, layout: ParallelLayout) -> None:
+    """Every batch size of the ramp must be one the layout can run. Raises LayoutError or ConfigError otherwise."""
+    if ramp_up is None:
+        return
+    full = layout.global_batch_size
+    if ramp_up.start >= full:
+        raise ConfigError(f"train.ramp_up.start={ramp_up.start} must be below the global batch size {full}")
+    for size in range(ramp_up.start, full, ramp_up.increment):
+        try:
+            layout.with_global_batch(size)
+        except LayoutError as error:
+            raise LayoutError(f"train.ramp_up passes a global batch of {size}: {error}") from error
+
+
+def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
+    """The configuration with the dataset's vocabulary; raises ConfigError if the model was given another one."""
+    given = config.model.vocab_size
+    if given is not None and given < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={given} is smaller than the dataset's vocabulary of {vocab_size} tokens: "
+            "leave model.vocab_size null, or prepare the dataset with the model's tokenizer"
+        )
+    return config if given is not None else replace(config, model=replace(config.model, vocab_size=vocab_size))

@@ -1,0 +1,134 @@
+"""Training a GPT: the model, its data and its throughput, behind the loop's `Task`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+
+from steerscale.data.consumed import ConsumedHash
+from steerscale.data.dataset import SampleStream
+from steerscale.data.loader import MicroBatch, MicroBatchLoader
+from steerscale.engines.megatron import MegatronEngine, Totals
+from steerscale.models.gpt import GPT, transformer_config
+from steerscale.models.sharding import initialize_parameters, named_shards
+from steerscale.parallel.context import ParallelContext
+from steerscale.parallel.layout import ParallelLayout
+from steerscale.planning.throughput import throughput
+from steerscale.train.config import RunConfig
+
+EVAL_CHUNK = 8
+"""Micro-batches (times stages) an evaluation holds at once."""
+
+
+class GPTTask:
+    """A GPT on packed text. Build with `build_gpt_task`."""
+
+    def __init__(
+        self, *, config: RunConfig, context: ParallelContext, engine: MegatronEngine, peak_tflops: float | None
+    ) -> None:
+        self.config, self.context, self.engine = config, context, engine
+        self._peak_tflops = peak_tflops
+        self._consumed = ConsumedHash()
+        stream = SampleStream(config.data, seq_len=config.model.seq_len, seed=config.seed)
+        self._train = self._loader(stream, num_prefetch=config.data.num_prefetch, consumed=self._consumed)
+        self._valid = None
+        if all("valid" in manifest.splits for manifest in stream.manifests):
+            self._valid_stream = SampleStream(config.data, seq_len=config.model.seq_len, split="valid", shuffle=False)
+            self._valid_stream.limit(config.train.eval_samples)
+            self._valid = self._loader(self._valid_stream, num_prefetch=0, consumed=None)
+
+    def micro_batches(self, consumed_samples: int, num_micro_batches: int) -> list[MicroBatch]:
+        """This replica's part of a step."""
+        return self._train.step(consumed_samples, num_micro_batches)
+
+    def forward(self, micro_batch: MicroBatch, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+        """Hidden states, or on the last stage the losses [B, S], and how to sum them."""
+        batch = micro_batch.to(self.context.device, non_blocking=True)
+        output = chunk(batch.tokens_BS, batch.positions_BS, batch.documents_BS, batch.labels_BS)
+        return output, lambda losses_BS: sum_losses(losses_BS, batch.loss_mask_BS)
+
+    def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float]:
+        """Loss a token, perplexity and bits per byte on the held-out split."""
+        if self._valid is None:
+            return {}
+        layout, samples = self.context.layout, self._valid_stream.num_samples or 0
+        # Whole rounds of micro-batches: the interleaved schedule needs a multiple of the stages.
+        per_call = EVAL_CHUNK * layout.pipeline
+        stride = per_call * layout.micro_batch_size * layout.data
+        loss_sum, tokens = 0.0, 0
+        for begin in range(0, samples, stride):
+            if should_stop():
+                return {}
+            totals: Totals = self.engine.evaluate(self._valid.step(begin, per_call), self.forward)
+            loss_sum, tokens = loss_sum + totals.loss_sum, tokens + totals.tokens
+        loss = loss_sum / tokens
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": loss / math.log(2) / self._valid_stream.bytes_per_token,
+            "tokens": tokens,
+        }
+
+    def throughput(self, seconds: float, layout: ParallelLayout) -> dict[str, float | None]:
+        """Tokens, FLOPs and utilisation of an iteration; see docs/throughput.md."""
+        model, recompute = self.config.model, self.config.engine.recompute
+        return asdict(
+            throughput(seconds, model=model, layout=layout, recompute=recompute, peak_tflops=self._peak_tflops)
+        )
+
+    def consumed(self) -> int:
+        """Every replica's samples once: the first tensor rank of the last stage counts them."""
+        return self._consumed.value if self.context.counts_once else 0
+
+    def resume(self, consumed_hash: int) -> None:
+        """One rank goes on from the total; the others begin at 0."""
+        first = self.context.counts_once and self.context.at.data == 0
+        self._consumed.value = consumed_hash if first else 0
+
+    def close(self) -> None:
+        """Stop the prefetching threads."""
+        self._train.close()
+        if self._valid is not None:
+            self._valid.close()
+
+    def _loader(self, stream: SampleStream, *, num_prefetch: int, consumed: ConsumedHash | None) -> MicroBatchLoader:
+        data = self.config.data
+        return MicroBatchLoader(
+            stream,
+            data_rank=self.context.at.data,
+            data_size=self.context.layout.data,
+            micro_batch_size=self.context.layout.micro_batch_size,
+            reset_at_document_end=data.reset_at_document_end,
+            mask_document_end=data.mask_document_end,
+            num_prefetch=num_prefetch,
+            pin_memory=self.context.device.type == "cuda",
+            consumed=consumed,
+        )
+
+
+def build_gpt_task(config: RunConfig, context: ParallelContext, *, peak_tflops: float | None = None) -> GPTTask:
+    """Model chunks of this rank with their initial weights, the engine, and the data."""
+    engine_config = config.engine
+    transformer = transformer_config(
+        config.model, context, precision=engine_config.precision, recompute=engine_config.recompute
+    )
+    chunks = [GPT(config.model, transformer, context, chunk=i) for i in range(context.layout.virtual_pipeline)]
+    initialize_parameters(chunks, context, seed=config.seed)
+    engine = MegatronEngine(
+        chunks,
+        shards=list(named_shards(chunks)),
+        config=transformer,
+        engine=engine_config,
+        optim=config.optim,
+        context=context,
+    )
+    return GPTTask(config=config, context=context, engine=engine, peak_tflops=peak_tflops)
+
+
+def sum_losses(losses_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum of the losses that count, their number, both as float64 to report), as Megatron-Core's schedules want it."""
+    loss_sum = (losses_BS.float() * mask_BS).sum()
+    tokens = mask_BS.sum()
+    report = torch.stack((loss_sum.detach().double(), tokens.double()))
+    return loss_sum, tokens.to(torch.int), report

@@ -1,0 +1,116 @@
+"""What one rank does: join the groups, build the task, resume, train, leave word.
+
+The worker's entry point imports this late, since torch and Megatron-Core come with it.
+"""
+
+import logging
+import os
+import platform
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from steerscale.accelerators import describe_accelerators
+from steerscale.checkpoint.store import CheckpointStore, load_state
+from steerscale.config import dump_yaml, from_mapping
+from steerscale.errors import CheckpointError
+from steerscale.metrics import Recorder
+from steerscale.parallel.context import ParallelContext, initialize
+from steerscale.planning.flops import model_flops_per_token
+from steerscale.planning.hardware import peak_tflops
+from steerscale.rundir import Status, read_config, write_status
+from steerscale.train.config import RunConfig
+from steerscale.train.gpt import build_gpt_task
+from steerscale.train.loop import Loop, Progress
+from steerscale.train.signals import StopRequest
+from steerscale.train.task import Task
+
+logger = logging.getLogger(__name__)
+
+
+def run(run_dir: Path, *, rank: int, stop: StopRequest) -> None:
+    """Train what the run directory describes, from its newest checkpoint if it has one."""
+    config = from_mapping(RunConfig, read_config(run_dir))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    with initialize(config.layout(), timeout_minutes=config.launcher.timeout_minutes) as context:
+        task = build_gpt_task(config, context, peak_tflops=_peak_tflops(config, context.device))
+        with closing(task):
+            store = CheckpointStore(run_dir / "checkpoints", config.checkpoint)
+            progress = _resume(config, store, task)
+            recorder = Recorder(
+                run_dir,
+                writes=rank == 0,
+                tensorboard=config.metrics.tensorboard,
+                wandb_project=config.metrics.wandb_project,
+                config_text=dump_yaml(config),
+                step=progress.step,
+                name=config.name,
+            )
+            with closing(recorder):
+                _announce(config, context, progress, recorder, run_dir)
+                loop = Loop(
+                    task, config=config, context=context, store=store, recorder=recorder, stop=stop, progress=progress
+                )
+                finished = loop.run()
+            if rank == 0:
+                reason = (
+                    "" if finished else f"stopped by {stop.name or 'a signal to another rank'}; start again to go on"
+                )
+                state = "finished" if finished else "stopped"
+                write_status(run_dir, Status(state=state, step=progress.step, steps=config.train.steps, reason=reason))
+                logger.info("%s at step %d of %d", state, progress.step, config.train.steps)
+
+
+def _resume(config: RunConfig, store: CheckpointStore, task: Task) -> Progress:
+    """Progress of the newest checkpoint, its state loaded; or a fresh start."""
+    checkpoint = store.latest()
+    if checkpoint is None:
+        return Progress()
+    state, reader = load_state(checkpoint)
+    now = asdict(config.model)
+    differing = [key for key, value in state["model"].items() if now.get(key) != value and key not in _FREE_MODEL_KEYS]
+    if differing:
+        listed = ", ".join(f"model.{key}: {state['model'][key]} there, {now.get(key)} here" for key in differing)
+        raise CheckpointError(f"{checkpoint} is of another model ({listed}): choose another run_dir or name")
+    progress = Progress(**state["progress"])
+    task.engine.load(reader, optimizer_steps=progress.applied_steps)
+    task.resume(progress.consumed_hash)
+    logger.info("resumed from %s", checkpoint)
+    return progress
+
+
+_FREE_MODEL_KEYS = ("dropout", "attention_dropout", "init_std")
+"""Settings that no tensor depends on."""
+
+
+def _announce(
+    config: RunConfig, context: ParallelContext, progress: Progress, recorder: Recorder, run_dir: Path
+) -> None:
+    if context.rank != 0:
+        return
+    device = _device_name(context.device)
+    write_status(run_dir, Status(state="running", step=progress.step, steps=config.train.steps))
+    recorder.write(
+        "start", progress.step, {"layout": str(context.layout), "device": device, "ranks": context.layout.world_size}
+    )
+    logger.info("%s on %d x %s, %s", context.layout, context.layout.world_size, device, config.engine.precision)
+    logger.info(
+        "%s parameters, %.4g model FLOPs a token, global batch %d x %d tokens",
+        f"{config.model.num_parameters():,}",
+        model_flops_per_token(config.model),
+        context.layout.global_batch_size,
+        config.model.seq_len,
+    )
+    logger.info("fused kernels: %s", describe_accelerators())
+
+
+def _peak_tflops(config: RunConfig, device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return config.metrics.peak_tflops
+    return peak_tflops(_device_name(device), precision=config.engine.precision, override=config.metrics.peak_tflops)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
