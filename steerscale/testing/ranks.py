@@ -24,8 +24,6 @@ class RankPool:
         self._context = multiprocessing.get_context(START_METHOD)
         self._context.set_forkserver_preload(PRELOAD)
         self._workers: list[tuple[Any, Connection]] = []
-        self._directory = tempfile.TemporaryDirectory(prefix="steerscale-ranks-")
-        self._calls = 0
 
     def run(self, function: Callable[..., Any], *args: Any, ranks: int, timeout_s: float = 300.0) -> list[Any]:
         """Results of `function(*args)` in rank order.
@@ -35,11 +33,15 @@ class RankPool:
         """
         while len(self._workers) < ranks:
             self._workers.append(self._start())
-        self._calls += 1
-        store = str(Path(self._directory.name) / f"store-{self._calls}")
         connections = [connection for _, connection in self._workers[:ranks]]
-        for rank, connection in enumerate(connections):
-            connection.send((function, args, rank, ranks, store))
+        with tempfile.TemporaryDirectory(prefix="steerscale-ranks-") as directory:
+            store = str(Path(directory) / "store")
+            for rank, connection in enumerate(connections):
+                connection.send((function, args, rank, ranks, store))
+            return self._collect(connections, timeout_s)
+
+    def _collect(self, connections: list[Connection], timeout_s: float) -> list[Any]:
+        ranks = len(connections)
         answers: dict[int, Any] = {}
         while len(answers) < ranks:
             waiting = {connections[rank]: rank for rank in range(ranks) if rank not in answers}
