@@ -1,8 +1,15 @@
+import lzma
 from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 
 import pytest
 
+from steerscale.data.prepare import PrepareConfig, prepare_dataset
+from steerscale.data.sample import sample_corpus
 from steerscale.testing.ranks import RankPool
+from steerscale.tokenizers.config import TokenizerConfig
+from steerscale.tokenizers.registry import train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +18,18 @@ def pool() -> Iterator[RankPool]:
     ranks = RankPool()
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def german_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared dataset: the beginning of the German sample in 1000 tokens, with train and valid splits."""
+    directory = tmp_path_factory.mktemp("german")
+    with lzma.open(sample_corpus("german")[0], "rt", encoding="utf-8") as file:
+        lines = list(islice(file, 1200))
+    text = directory / "text.txt"
+    text.write_text("".join(lines), encoding="utf-8")
+    (directory / "tokenizer").mkdir()
+    train_tokenizer(TokenizerConfig(type="bpe", vocab_size=1000), lines).save(directory / "tokenizer")
+    config = PrepareConfig(split=[0.95, 0.05, 0.0])
+    prepare_dataset([str(text)], tokenizer=directory / "tokenizer", output=directory / "data", config=config)
+    return directory / "data"
