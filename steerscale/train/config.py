@@ -116,10 +116,10 @@ class RunConfig:
     """Its directory; starting again with the same one resumes it."""
     model: ModelConfig
     """The model."""
-    data: DataConfig
-    """The datasets."""
     train: TrainConfig
     """The loop."""
+    data: DataConfig | None = None
+    """The datasets; only a dry run can do without."""
     seed: int = 1234
     """Initial weights, order of samples and dropout follow from it."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
