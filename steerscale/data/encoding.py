@@ -7,7 +7,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -118,15 +118,25 @@ def encode_blocks(blocks: Iterable[Block], encoding: Encoding, *, workers: int) 
     )
     try:
         blocks = iter(blocks)
-        pending = deque(pool.submit(_work, block) for block in itertools.islice(blocks, AHEAD * workers))
+        pending = deque(_submit(pool, block) for block in itertools.islice(blocks, AHEAD * workers))
         while pending:
             encoded = pending.popleft().result()
-            pending.extend(pool.submit(_work, block) for block in itertools.islice(blocks, 1))
+            pending.extend(_submit(pool, block) for block in itertools.islice(blocks, 1))
             yield encoded
     except BrokenProcessPool as error:
         raise DataError("a worker process was killed, perhaps for lack of memory: try fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, block: Block) -> Future[EncodedBlock]:
+    # Submitting may start a worker, which inherits the mask: Ctrl-C, which a terminal sends to the whole process group,
+    # then reaches this process alone, and it decides what happens.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_work, block)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 _encoder: Encoder | None = None
@@ -135,8 +145,6 @@ _encoder: Encoder | None = None
 
 def _start_worker(encoding: Encoding) -> None:
     global _encoder
-    # Ctrl-C reaches the whole process group; the parent decides what happens.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     # The Rust tokenizers would start a thread for each core in each worker.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
