@@ -34,7 +34,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python --level error
 	$(BIN)/python -m launch.config_docs --check
 
 format: setup

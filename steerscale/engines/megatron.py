@@ -130,18 +130,19 @@ class MegatronEngine:
         )
         _prepare_torch_adam(self.optimizer)
         self._connect(overlap)
-        self._schedule = get_forward_backward_func()
+        self._schedule: Callable[..., list[torch.Tensor]] = get_forward_backward_func()
 
     def _connect(self, overlap: bool) -> None:
         """Hooks by which Megatron-Core's schedules reach gradient reduction and loss scaling."""
-        self.config.finalize_model_grads_func = finalize_model_grads
-        self.config.grad_scale_func = self.optimizer.scale_loss
+        hooks: Any = self.config  # Megatron-Core's annotations forget that some of these may be lists
+        hooks.finalize_model_grads_func = finalize_model_grads
+        hooks.grad_scale_func = self.optimizer.scale_loss
         if overlap:
             # With gradient reduction overlapped, only the last micro-batch of a step may trigger it.
             no_sync = [chunk.no_sync for chunk in self.chunks]
             starts = [chunk.start_grad_sync for chunk in self.chunks]
-            self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-            self.config.grad_sync_func = starts if len(starts) > 1 else starts[0]
+            hooks.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+            hooks.grad_sync_func = starts if len(starts) > 1 else starts[0]
 
     def train_step(
         self,
@@ -219,7 +220,7 @@ class MegatronEngine:
 
     def _clip(self, grad_norm: float) -> None:
         if self.optim.clip > 0:
-            parameters = self.optimizer.get_parameters()
+            parameters: list[torch.Tensor] = [*self.optimizer.get_parameters()]
             if parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=self.optim.clip, total_norm=grad_norm)
 

@@ -7,6 +7,7 @@ This module knows no degree of parallelism: Megatron-Core's layers do, and the g
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,7 @@ class GPT(LanguageModule):
                 model.d_model,
                 model.padded_vocab,
                 config=config,
-                init_method=config.init_method,
+                init_method=torch.nn.init.zeros_,  # never called: weights are drawn by `sharding`
                 bias=False,
                 gather_output=False,
                 skip_weight_param_allocation=self.pre_process and model.tie_embeddings,
@@ -82,7 +83,7 @@ class GPT(LanguageModule):
         """Called by the pipeline schedules: hidden states received from the stage before, [S, B, M]."""
         if isinstance(input_tensor, list):
             (input_tensor,) = input_tensor
-        self.decoder.set_input_tensor(input_tensor)
+        self.decoder.input_tensor = input_tensor
 
     def forward(
         self,
@@ -174,8 +175,8 @@ def transformer_config(
     model: ModelConfig,
     context: ParallelContext,
     *,
-    precision: str = "fp32",
-    recompute: str = "none",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    recompute: Literal["none", "selective", "full"] = "none",
 ) -> TransformerConfig:
     """Megatron-Core's configuration of `model` on the layout of `context`.
 

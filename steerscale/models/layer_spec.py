@@ -72,7 +72,7 @@ class CoreAttention(torch.nn.Module):
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBHD, k_SBGD, v_SBGD))
         if self.dropout and self.training and not self.sequence_parallel:
             # Heads differ between tensor ranks, so must their dropout; the sequence-parallel block has forked already.
-            with tensor_parallel.get_cuda_rng_tracker().fork():
+            with tensor_parallel.get_cuda_rng_tracker().fork():  # type: ignore[union-attr]
                 out_BHSD = self._attend(q, k, v, attention_mask)
         else:
             out_BHSD = self._attend(q, k, v, attention_mask)
@@ -93,9 +93,11 @@ class CoreAttention(torch.nn.Module):
 def block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
     """Specification of `num_layers` transformer layers (one model chunk) with our norm and attention."""
     layer: ModuleSpec = copy.deepcopy(get_gpt_layer_local_spec(normalization=config.normalization))
-    layer.submodules.input_layernorm = Norm
-    layer.submodules.pre_mlp_layernorm = Norm
-    layer.submodules.self_attention.submodules.core_attention = CoreAttention
+    parts: Any = layer.submodules
+    parts.input_layernorm = Norm
+    parts.pre_mlp_layernorm = Norm
+    parts.self_attention.submodules.core_attention = CoreAttention
     # Megatron-Core renames norms in checkpoints to look like Transformer Engine's fused layers; ours keep their names.
-    layer.submodules.sharded_state_dict_keys_map = {}
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
+    parts.sharded_state_dict_keys_map = {}
+    norm: Any = Norm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

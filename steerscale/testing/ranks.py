@@ -5,6 +5,7 @@ Each call gets a fresh process group over the first `ranks` processes.
 """
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import tempfile
 import traceback

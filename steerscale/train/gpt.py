@@ -10,6 +10,7 @@ from steerscale.data.consumed import ConsumedHash
 from steerscale.data.dataset import SampleStream
 from steerscale.data.loader import MicroBatch, MicroBatchLoader
 from steerscale.engines.megatron import MegatronEngine, Totals
+from steerscale.errors import ConfigError
 from steerscale.models.gpt import GPT, transformer_config
 from steerscale.models.sharding import initialize_parameters, named_shards
 from steerscale.parallel.context import ParallelContext
@@ -27,14 +28,16 @@ class GPTTask:
     def __init__(
         self, *, config: RunConfig, context: ParallelContext, engine: MegatronEngine, peak_tflops: float | None
     ) -> None:
-        self.config, self.context, self.engine = config, context, engine
+        if config.data is None:
+            raise ConfigError("data.path or data.blend must be given to train")
+        self.config, self.context, self.engine, self._data = config, context, engine, config.data
         self._peak_tflops = peak_tflops
         self._consumed = ConsumedHash()
-        stream = SampleStream(config.data, seq_len=config.model.seq_len, seed=config.seed)
-        self._train = self._loader(stream, num_prefetch=config.data.num_prefetch, consumed=self._consumed)
+        stream = SampleStream(self._data, seq_len=config.model.seq_len, seed=config.seed)
+        self._train = self._loader(stream, num_prefetch=self._data.num_prefetch, consumed=self._consumed)
         self._valid = None
         if all("valid" in manifest.splits for manifest in stream.manifests):
-            self._valid_stream = SampleStream(config.data, seq_len=config.model.seq_len, split="valid", shuffle=False)
+            self._valid_stream = SampleStream(self._data, seq_len=config.model.seq_len, split="valid", shuffle=False)
             self._valid_stream.limit(config.train.eval_samples)
             self._valid = self._loader(self._valid_stream, num_prefetch=0, consumed=None)
 
@@ -93,7 +96,7 @@ class GPTTask:
             self._valid.close()
 
     def _loader(self, stream: SampleStream, *, num_prefetch: int, consumed: ConsumedHash | None) -> MicroBatchLoader:
-        data = self.config.data
+        data = self._data
         return MicroBatchLoader(
             stream,
             data_rank=self.context.at.data,
