@@ -1,0 +1,145 @@
+"""`steerscale data prepare` against bare sentencepiece on the same text and the same number of processes.
+
+    python benchmarks/tokenize.py [--workers 2] [--repeats 5] [--type unigram] [--vocab-size 16384]
+
+- ours: the whole command as a child process: start Python, read and decompress, tokenize, sort into splits, write, fsync,
+  hash the source.
+- reference, the faster of two, also a whole process: read and decompress the same lines, encode them with
+  `SentencePieceProcessor.encode` (a) in forked processes that each take a part, (b) in one process with `num_threads`;
+  nothing is written, the ids are thrown away.
+
+Runs alternate; figures are medians. The last line is one JSON object; `ratio` is ours / reference in tokens per second.
+"""
+
+import argparse
+import json
+import lzma
+import multiprocessing
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CORPUS = ROOT.parent / "shared" / "data" / "corpora" / "de.txt.xz"
+REPEATS_OF_SAMPLE = 8
+
+
+def main() -> None:
+    """Measure and print."""
+    args = _arguments()
+    if args.reference:
+        _reference(args.reference, args.model, args.text, args.workers)
+        return
+    with tempfile.TemporaryDirectory(prefix="tokenize-") as name:
+        directory = Path(name)
+        text = _text(directory)
+        tokenizer = directory / "tokenizer"
+        _run("steerscale", "tokenizer", "train", text, "-o", tokenizer, "--type", args.type,
+             "--vocab-size", args.vocab_size, "--input-sentence-size", 50000)  # fmt: skip
+        seconds: dict[str, list[float]] = {"ours": [], "processes": [], "threads": []}
+        for repeat in range(args.repeats + 1):
+            for name in seconds:
+                elapsed = _measure(name, directory, text, tokenizer, args.workers)
+                if repeat > 0:  # the first round warms the page cache
+                    seconds[name].append(elapsed)
+        manifest = json.loads((directory / "dataset" / "manifest.json").read_text())
+        _report(seconds, manifest, text, args)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--type", default="unigram")
+    parser.add_argument("--vocab-size", type=int, default=16384)
+    parser.add_argument("--reference", choices=["processes", "threads"], help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--text", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _text(directory: Path) -> Path:
+    if CORPUS.is_file():
+        return CORPUS
+    from steerscale.data.sample import sample_corpus
+
+    text = directory / "sample.txt.xz"
+    content = b"".join(lzma.decompress(path.read_bytes()) for path in sample_corpus())
+    text.write_bytes(lzma.compress(content * REPEATS_OF_SAMPLE))
+    return text
+
+
+def _measure(name: str, directory: Path, text: Path, tokenizer: Path, workers: int) -> float:
+    output = directory / "dataset"
+    if name == "ours":
+        shutil.rmtree(output, ignore_errors=True)
+    start = time.perf_counter()
+    if name == "ours":
+        _run("steerscale", "data", "prepare", text, "--tokenizer", tokenizer, "-o", output, "--workers", workers)
+    else:
+        _run(__file__, "--reference", name, "--model", tokenizer / "tokenizer.model", "--text", text,
+             "--workers", workers)  # fmt: skip
+    return time.perf_counter() - start
+
+
+def _run(program: str, *arguments: object) -> None:
+    start = ["-c", "import sys; from steerscale.cli import main; sys.exit(main())"]
+    command = [sys.executable, *(start if program == "steerscale" else [program]), *map(str, arguments)]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def _reference(how: str, model: str, text: Path, workers: int) -> None:
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=model)
+    with lzma.open(text, "rt", encoding="utf-8", newline="\n") as file:
+        lines = file.read().split("\n")
+    if how == "threads":
+        processor.encode(lines, num_threads=workers)
+        return
+
+    def encode(part: list[str]) -> None:
+        processor.encode(part, num_threads=1)
+
+    fork = multiprocessing.get_context("fork")
+    size = -(-len(lines) // workers)
+    parts = [fork.Process(target=encode, args=(lines[k * size : (k + 1) * size],)) for k in range(workers)]
+    for process in parts:
+        process.start()
+    for process in parts:
+        process.join()
+
+
+def _report(seconds: dict[str, list[float]], manifest: dict, text: Path, args: argparse.Namespace) -> None:
+    tokens = sum(split["tokens"] for split in manifest["splits"].values())
+    text_bytes = sum(split["bytes"] for split in manifest["splits"].values())
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    reference = min(("processes", "threads"), key=medians.__getitem__)
+    print(f"{text.name}: {text_bytes / 1e6:.1f} MB of text, {tokens / 1e6:.2f} M tokens; {args.type}, "
+          f"{args.vocab_size} tokens; {args.workers} workers; {args.repeats} alternating runs")  # fmt: skip
+    print(f"{'':<24}{'median s':>10}{'min s':>8}{'max s':>8}{'M tokens/s':>12}{'MB/s':>8}")
+    labels = {"ours": "data prepare", "processes": "sentencepiece, processes", "threads": "sentencepiece, threads"}
+    for name, label in labels.items():
+        median, values = medians[name], seconds[name]
+        print(f"{label:<24}{median:>10.2f}{min(values):>8.2f}{max(values):>8.2f}"
+              f"{tokens / median / 1e6:>12.2f}{text_bytes / median / 1e6:>8.1f}")  # fmt: skip
+    print(json.dumps({
+        "benchmark": "tokenize",
+        "type": args.type,
+        "vocab_size": args.vocab_size,
+        "workers": args.workers,
+        "text_mb": round(text_bytes / 1e6, 1),
+        "tokens": tokens,
+        "ours_tokens_per_s": round(tokens / medians["ours"]),
+        "reference_tokens_per_s": round(tokens / medians[reference]),
+        "reference": reference,
+        "ratio": round(medians[reference] / medians["ours"], 3),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
