@@ -10,9 +10,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 LEGACY_TFLOPS = "iteration-time/TFLOPs per gpu (estimated)"
 LEGACY_SECONDS = "iteration-time/iteration-time"
@@ -36,19 +36,21 @@ class Recorder:
         name: str = "",
     ) -> None:
         """`step` is where the run begins: records from later steps, left by a killed process, are dropped."""
-        self._file: TextIO | None = None
+        self._lines: _Lines | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
         if not writes:
             return
         path = run_dir / "metrics.jsonl"
         _truncate(path, step)
-        self._file = path.open("a", encoding="utf-8")
+        self._lines = _Lines(path)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(run_dir / "tb"), purge_step=step + 1 if step else None)
-            self._tensorboard.add_text("config", f"```yaml\n{config_text}\n```", step)
+            # Makes TensorBoard hide later events that a killed process left: at step 0 too, it may have died before
+            # its first checkpoint.
+            self._tensorboard = SummaryWriter(str(run_dir / "tb"), purge_step=step + 1)
+            self._show(lambda: self._tensorboard.add_text("config", f"```yaml\n{config_text}\n```", step))
         if wandb_project is not None:
             import wandb
 
@@ -56,7 +58,7 @@ class Recorder:
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Add a record. Values that are not finite are written as null, since JSON has no word for them."""
-        if self._file is None:
+        if self._lines is None:
             return
         record = {
             "kind": kind,
@@ -64,22 +66,62 @@ class Recorder:
             "time": round(time.time(), 3),
             **{k: _plain(v) for k, v in values.items()},
         }
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._lines.append(json.dumps(record))
         scalars = {name: value for name, value in _scalars(kind, record) if value is not None}
-        if self._tensorboard is not None:
-            for tag, value in scalars.items():
-                self._tensorboard.add_scalar(tag, value, step)
+        for tag, value in scalars.items():
+            self._show(lambda tag=tag, value=value: self._tensorboard.add_scalar(tag, value, step))
+        self._show(lambda: self._tensorboard.flush())  # a killed process would leave a gap before its last checkpoint
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 
     def close(self) -> None:
         """Flush and close everything."""
-        for writer in (self._tensorboard, self._file):
-            if writer is not None:
-                writer.close()
+        self._show(lambda: self._tensorboard.close())
+        if self._lines is not None:
+            self._lines.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _show(self, action: Callable[[], object]) -> None:
+        """Do something with TensorBoard, if it is on; the first error (a full disk, say) turns it off, not the run."""
+        if self._tensorboard is None:
+            return
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - whatever its writing thread met comes up here
+            self._tensorboard = None
+            logger.warning("TensorBoard events are not written any more: %s", error)
+
+
+class _Lines:
+    """A file of whole lines, even where the disk runs full: what does not fit is kept and written later, with a warning."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._end = self._file.tell()
+        self._waiting: list[bytes] = []
+
+    def append(self, line: str) -> None:
+        """Write a line now if possible."""
+        self._waiting.append(line.encode() + b"\n")
+        try:
+            data = b"".join(self._waiting)
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self._file.truncate(self._end)
+            if len(self._waiting) == 1:
+                logger.warning("%s cannot be written, its records wait in memory: %s", self._path, error)
+            return
+        self._end = self._file.tell()
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Close the file; what could not be written is lost."""
+        self._file.close()
+        if self._waiting:
+            logger.error("%s lacks its last %d records: the disk was full", self._path, len(self._waiting))
 
 
 def console_line(record: Mapping[str, Any], *, steps: int) -> str:
@@ -139,13 +181,23 @@ def read_records(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]
 
 
 def _truncate(path: Path, step: int) -> None:
-    """Drop records after `step`: a resumed run writes them again, and nobody should see a step twice."""
+    """Cut off records after `step`: a resumed run writes them again, and nobody should see a step twice.
+
+    Records are in the order of their steps, so that cutting is enough: it needs no space and leaves nothing half done.
+    """
     if not path.is_file():
         return
-    kept = [record for record in read_records(path.parent) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    temporary.replace(path)
+    keep = 0
+    with path.open("rb+") as file:
+        for line in file:
+            try:
+                later = json.loads(line)["step"] > step
+            except (ValueError, KeyError, TypeError):
+                later = not line.endswith(b"\n")  # cut short by a crash; anything else that is no record is not ours
+            if later:
+                break
+            keep += len(line)
+        file.truncate(keep)
 
 
 _TAGS = {

@@ -8,7 +8,9 @@ checkpoints/       see `checkpoint.store`
 logs/rank_N.log    everything rank N printed       logs/rank_N.error.json  how it failed, if it did
 """
 
+import contextlib
 import json
+import logging
 import os
 import platform
 import socket
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +26,9 @@ from typing import Any, Literal
 
 from steerscale import __version__
 from steerscale.config import dump_yaml, load_yaml
-from steerscale.errors import ConfigError, SteerscaleError
+from steerscale.errors import ConfigError, LaunchError, SteerscaleError
+
+logger = logging.getLogger(__name__)
 
 CONFIG, ENVIRONMENT, STATUS = "config.yaml", "environment.json", "status.json"
 PACKAGES = ("torch", "megatron-core", "deepspeed", "transformer-engine", "hydra-core", "numpy", "sentencepiece")
@@ -58,13 +62,8 @@ def create_run_dir(run_dir: Path, config: Any, *, command: Sequence[str]) -> boo
             raise ConfigError(
                 f"run_dir={run_dir} exists and is no run directory: choose another with run_dir=... or name=..."
             )
-        if (run_dir / CONFIG).read_text(encoding="utf-8") != text:
-            number = len(list(run_dir.glob("config.*.yaml")))
-            (run_dir / CONFIG).rename(run_dir / f"config.{number}.yaml")
-            write_text(run_dir / CONFIG, text)
-        write_text(run_dir / ENVIRONMENT, environment)
-        for old in (run_dir / "logs").glob("rank_*.error.json"):
-            old.unlink()
+        with lock(run_dir):  # a run that is going on keeps its files
+            _renew(run_dir, text, environment)
         return True
     temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
     (temporary / "logs").mkdir(parents=True)
@@ -75,6 +74,40 @@ def create_run_dir(run_dir: Path, config: Any, *, command: Sequence[str]) -> boo
     return False
 
 
+def _renew(run_dir: Path, config: str, environment: str) -> None:
+    """Make an existing run directory ready for another start."""
+    before = (run_dir / CONFIG).read_text(encoding="utf-8")
+    if before != config:
+        number = len(list(run_dir.glob("config.*.yaml")))
+        # The old one is copied, the new one replaces it at once: a crash in between leaves a run directory.
+        write_text(run_dir / f"config.{number}.yaml", before)
+        write_text(run_dir / CONFIG, config)
+    write_text(run_dir / ENVIRONMENT, environment)
+    for old in (run_dir / "logs").glob("rank_*.error.json"):
+        old.unlink()
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold a run directory: two launchers on it would overwrite each other's checkpoints. Ends with the process at the latest.
+
+    Raises ConfigError if another process holds it.
+    """
+    import fcntl
+
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context((run_dir / ".lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"run_dir={run_dir} is in use by a running launcher: wait for it or choose another"
+            ) from None
+        except OSError as error:
+            raise LaunchError(f"{run_dir / '.lock'} cannot be locked: {error}") from error
+        yield
+
+
 def read_config(run_dir: Path) -> dict[str, Any]:
     """The resolved configuration as plain values. Raises ConfigError if this is no run directory."""
     if not (run_dir / CONFIG).is_file():
@@ -83,9 +116,12 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def write_status(run_dir: Path, status: Status) -> None:
-    """Replace status.json."""
+    """Replace status.json. A disk that is full leaves the old one: a status is not worth a run, so there is only a warning."""
     content = {**asdict(status), "updated": round(time.time(), 3), "host": socket.gethostname()}
-    write_text(run_dir / STATUS, json.dumps(content, indent=1) + "\n")
+    try:
+        write_text(run_dir / STATUS, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        logger.warning("%s was not updated: %s", run_dir / STATUS, error)
 
 
 def read_status(run_dir: Path) -> Status:
@@ -97,7 +133,10 @@ def read_status(run_dir: Path) -> Status:
 
 
 def write_error(run_dir: Path, rank: int, error: BaseException) -> None:
-    """Leave word of how this rank failed for the launcher's summary."""
+    """Leave word of how this rank failed for the launcher's summary; the first word counts."""
+    path = _error_path(run_dir, rank)
+    if path.exists():
+        return
     content = {
         "rank": rank,
         "time": time.time(),
@@ -106,7 +145,15 @@ def write_error(run_dir: Path, rank: int, error: BaseException) -> None:
         "user_error": isinstance(error, SteerscaleError),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    write_text(run_dir / "logs" / f"rank_{rank}.error.json", json.dumps(content))
+    try:
+        write_text(path, json.dumps(content))
+    except OSError as failure:  # the log has it, if anything has
+        logger.warning("%s was not written: %s", path, failure)
+
+
+def clear_error(run_dir: Path, rank: int) -> None:
+    """Forget how this rank failed in an earlier start."""
+    _error_path(run_dir, rank).unlink(missing_ok=True)
 
 
 def read_errors(run_dir: Path) -> list[dict[str, Any]]:
@@ -115,14 +162,22 @@ def read_errors(run_dir: Path) -> list[dict[str, Any]]:
     return sorted(errors, key=lambda error: error["time"])
 
 
+def _error_path(run_dir: Path, rank: int) -> Path:
+    return run_dir / "logs" / f"rank_{rank}.error.json"
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a small file at once: readers see the old or the new content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def describe_environment(command: Sequence[str]) -> dict[str, Any]:

@@ -21,9 +21,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from steerscale.checkpoint.integrity import INDEX
 from steerscale.errors import CheckpointError
-
-INDEX = "index.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +97,9 @@ class FragmentReader:
             entries = json.loads((directory / INDEX).read_text(encoding="utf-8"))
             for entry in entries:
                 offset, shape = tuple(entry["offset"]), tuple(entry["shape"])
-                place = _Place(offset, shape, entry["start"], entry["stop"], entry["file"], entry["key"])
+                # A bare name: an index from elsewhere must not reach outside the checkpoint.
+                file = Path(entry["file"]).name
+                place = _Place(offset, shape, entry["start"], entry["stop"], file, entry["key"])
                 self._places[entry["kind"], entry["name"]].append(place)
                 self.shapes[entry["name"]] = tuple(entry["whole_shape"])
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -113,16 +114,22 @@ class FragmentReader:
         shape: Sequence[int],
         start: int = 0,
         stop: int | None = None,
+        whole_shape: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Elements [start, stop) of the flattened box at `offset` of parameter `name`: float32 [stop - start].
 
-        Raises CheckpointError if the checkpoint does not hold all of them.
+        Raises CheckpointError if the checkpoint does not hold all of them, or the parameter is not of `whole_shape`.
         """
         offset, shape = tuple(offset), tuple(shape)
         stop = prod(shape) if stop is None else stop
         places = self._places.get((kind, name))
         if not places:
             raise CheckpointError(f"{self.directory} holds no {kind} of parameter {name!r}: it is of another model")
+        if whole_shape is not None and tuple(whole_shape) != self.shapes[name]:
+            raise CheckpointError(
+                f"{self.directory} holds {name!r} with shape {list(self.shapes[name])}, "
+                f"the model has {list(whole_shape)}: it is of another model"
+            )
         same_box = [place for place in places if (place.offset, place.shape) == (offset, shape)]
         if same_box:
             return self._assemble(same_box, start, stop, what=f"{kind} of {name}")

@@ -1,22 +1,21 @@
 """Checkpoint directories: whole or not there.
 
     checkpoints/step_00000100/   index.json, state.json, rank_00000.safetensors ..., manifest.json
-    checkpoints/latest           name of the newest one
+    checkpoints/latest           name of the newest one, for people and scripts
 
 A checkpoint is written into a hidden directory; `manifest.json` with sizes and SHA-256 sums comes last; then the directory is
 renamed. What a crash leaves is hidden, never mistaken for a checkpoint, and removed by the next start. On reading, sizes and
-sums are checked; a damaged checkpoint is named and the one before it used.
+sums are checked; a damaged checkpoint is named and the one before it used. See docs/checkpoints.md.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,41 @@ import torch.distributed as dist
 from steerscale import __version__
 from steerscale.checkpoint.config import CheckpointConfig
 from steerscale.checkpoint.fragments import Fragment, FragmentReader, write_fragments, write_index
+from steerscale.checkpoint.integrity import (
+    FORMAT_VERSION,
+    INDEX,
+    MANIFEST,
+    PREFIX,
+    STATE,
+    checkpoints,
+    describe_file,
+    find_damage,
+    step_of,
+)
 from steerscale.errors import CheckpointError
 from steerscale.rundir import write_text
 
+__all__ = ["PREFIX", "CheckpointStore", "checkpoints", "find_damage", "load_state", "step_of"]
+
 logger = logging.getLogger(__name__)
 
-MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
-PREFIX, HIDDEN = "step_", ".writing_"
-FORMAT_VERSION = 1
+LATEST, HIDDEN = "latest", ".writing_"
+
+
+@dataclass
+class _Outcome:
+    """What became of a rank's part: other ranks wait for word of it, so an error is a value."""
+
+    value: Any = None
+    error: str | None = None
+
+    def attempt(self, action: Callable[[], Any]) -> "_Outcome":
+        """Run `action` and remember its result or its error."""
+        try:
+            self.value = action()
+        except Exception as error:  # noqa: BLE001 - safetensors wraps OSErrors in its own type; memory may run out
+            self.error = f"{type(error).__name__}: {error}"
+        return self
 
 
 @dataclass
@@ -42,15 +68,16 @@ class _Pending:
 
     thread: threading.Thread
     step: int
-    result: dict[str, Any]
+    outcome: _Outcome = field(default_factory=_Outcome)
 
 
 class CheckpointStore:
-    """Writes and finds checkpoints of one run. Every method is called by all ranks together, unless it says otherwise."""
+    """Writes and finds checkpoints of one run. Every method is called by all ranks together."""
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         self.directory, self.config = directory, config
         self._pending: _Pending | None = None
+        self._damaged: set[str] = set()
         if dist.get_rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             for leftover in directory.glob(f"{HIDDEN}*"):
@@ -64,19 +91,14 @@ class CheckpointStore:
         checkpoints are untouched, and the caller decides whether to go on.
         """
         self.wait()
-        hidden = self.directory / f"{HIDDEN}{step:08d}"
-        ready: dict[str, Any] = {}
-        if dist.get_rank() == 0:
-            ready = _attempt(lambda: self._prepare(hidden, state))
-        if not self._agree(ready, step):
+        prepared = _Outcome().attempt(lambda: self._prepare(step, fragments, state))
+        # Nobody writes before rank 0 has made the directory.
+        if not self._agree(step, prepared):
             return False
-        own = list(fragments())
-        if self.config.asynchronous:
-            own = [Fragment(**{**vars(part), "data": part.data.to("cpu", copy=True)}) for part in own]
-        path = hidden / f"rank_{dist.get_rank():05d}.safetensors"
-        result: dict[str, Any] = {}
-        thread = threading.Thread(target=lambda: result.update(_attempt(lambda: _write_rank(own, path))))
-        self._pending = _Pending(thread=thread, step=step, result=result)
+        own, path = prepared.value, self._hidden(step) / f"rank_{dist.get_rank():05d}.safetensors"
+        outcome = _Outcome()
+        thread = threading.Thread(target=outcome.attempt, args=(lambda: _write_rank(own, path),))
+        self._pending = _Pending(thread=thread, step=step, outcome=outcome)
         thread.start()
         return True if self.config.asynchronous else self.wait()
 
@@ -96,75 +118,119 @@ class CheckpointStore:
             return True
         pending, self._pending = self._pending, None
         pending.thread.join()
-        results = _gather(pending.result)
-        if dist.get_rank() == 0 and not any("error" in result for result in results):
-            published = _attempt(lambda: self._publish(pending.step, results))
-        else:
-            published = {}
-        return self._agree({**pending.result, **published}, pending.step)
+        return self._agree(pending.step, pending.outcome, then=lambda parts: self._publish(pending.step, parts))
 
     def latest(self) -> Path | None:
-        """The newest undamaged checkpoint, or None. Damaged ones are named in the log and passed over."""
-        chosen: list[str | None] = [None]
-        candidates = sorted(self.directory.glob(f"{PREFIX}*"), reverse=True) if dist.get_rank() == 0 else []
+        """The newest undamaged checkpoint; None if none was ever written. Ranks share the work of reading.
+
+        Damaged ones are named in the log and passed over. Raises CheckpointError if there is nothing but damaged ones: to
+        begin anew, and overwrite them, is the user's decision.
+        """
+        listed: list[Any] = [None, None]
         if dist.get_rank() == 0:
-            for candidate in candidates:
-                problem = find_damage(candidate, verify=self.config.verify)
-                if problem is None:
-                    chosen = [str(candidate)]
-                    break
-                logger.error("checkpoint %s is damaged (%s); trying the one before it", candidate, problem)
-        dist.broadcast_object_list(chosen, src=0)
-        return None if chosen[0] is None else Path(chosen[0])
+            listed = [[path.name for path in checkpoints(self.directory)], _read_pointer(self.directory)]
+        dist.broadcast_object_list(listed, src=0)
+        names, pointer = listed
+        problems = []
+        if pointer is not None and pointer not in names:
+            problems.append(f"{pointer}: it is missing, although {LATEST} names it")
+            logger.error("checkpoint %s is missing, although %s names it", self.directory / pointer, LATEST)
+        for name in reversed(names):
+            problem = self._find_damage(name)
+            if problem is None:
+                return self.directory / name
+            problems.append(f"{name}: {problem}")
+            self._damaged.add(name)
+            logger.error("checkpoint %s is damaged (%s); trying the one before it", self.directory / name, problem)
+        if problems:
+            raise CheckpointError(
+                f"{self.directory} holds no usable checkpoint: {'; '.join(problems)}. Put a copy of a whole one there, or "
+                "choose another run_dir, or remove this directory to begin anew from step 0"
+            )
+        return None
 
-    def _prepare(self, hidden: Path, state: dict[str, Any]) -> dict[str, Any]:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir()
-        (hidden / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        return {}
+    def _hidden(self, step: int) -> Path:
+        return self.directory / f"{HIDDEN}{step:08d}"
 
-    def _publish(self, step: int, results: list[dict[str, Any]]) -> dict[str, Any]:
+    def _find_damage(self, name: str) -> str | None:
+        """What any rank found in its share of the files."""
+        share = (dist.get_rank(), dist.get_world_size())
+        problems: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, find_damage(self.directory / name, verify=self.config.verify, share=share))
+        return next((problem for problem in problems if problem is not None), None)
+
+    def _prepare(
+        self, step: int, fragments: Callable[[], Sequence[Fragment]], state: dict[str, Any]
+    ) -> Sequence[Fragment]:
+        """This rank's fragments: copies if training goes on while they are written."""
+        if dist.get_rank() == 0:
+            hidden = self._hidden(step)
+            if hidden.exists():
+                shutil.rmtree(hidden)
+            hidden.mkdir()
+            (hidden / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        own = fragments()
+        if not self.config.asynchronous:
+            return own
+        return [replace(part, data=part.data.to("cpu", copy=True)) for part in own]
+
+    def _agree(
+        self, step: int, outcome: _Outcome, *, then: Callable[[list[Any]], object] = lambda values: None
+    ) -> bool:
+        """Whether all ranks succeeded, and `then`, on rank 0, with their values; if not, say why and clean up.
+
+        A gather to rank 0 (with index entries: about 200 bytes a fragment) and a broadcast of one flag.
+        """
+        first = dist.get_rank() == 0
+        outcomes: list[Any] | None = [None] * dist.get_world_size() if first else None
+        dist.gather_object(outcome, outcomes, dst=0)
+        verdict = [True]
+        if outcomes is not None:
+            error = next((f"rank {rank}: {o.error}" for rank, o in enumerate(outcomes) if o.error is not None), None)
+            if error is None:
+                error = _Outcome().attempt(lambda: then([o.value for o in outcomes])).error
+            if error is not None:
+                self._give_up(step, error)
+            verdict = [error is None]
+        dist.broadcast_object_list(verdict, src=0)
+        return verdict[0]
+
+    def _give_up(self, step: int, error: str) -> None:
+        shutil.rmtree(self._hidden(step), ignore_errors=True)
+        older = ", ".join(path.name for path in checkpoints(self.directory)) or "there are none"
+        logger.error("the checkpoint of step %d was not written: %s; older ones are untouched: %s", step, error, older)
+
+    def _publish(self, step: int, parts: list[dict[str, Any]]) -> None:
         """Rank 0: index, manifest, rename, pointer, retention."""
-        hidden = self.directory / f"{HIDDEN}{step:08d}"
-        final = self.directory / f"{PREFIX}{step:08d}"
-        write_index((entry for result in results for entry in result["entries"]), hidden)
-        files = {name: info for result in results for name, info in result["files"].items()}
-        for name in ("index.json", STATE):
+        hidden, final = self._hidden(step), self.directory / f"{PREFIX}{step:08d}"
+        write_index((entry for part in parts for entry in part["entries"]), hidden)
+        files = {name: info for part in parts for name, info in part["files"].items()}
+        for name in (INDEX, STATE):
             files[name] = describe_file(hidden / name)
         manifest = {"format_version": FORMAT_VERSION, "steerscale": __version__, "step": step, "files": files}
         write_text(hidden / MANIFEST, json.dumps(manifest, indent=1))
+        _sync_directory(hidden)
         if final.exists():  # a run that went back to an older checkpoint writes this step again
-            shutil.rmtree(final)
+            _remove(final)
         hidden.rename(final)
         _sync_directory(self.directory)
-        write_text(self.directory / LATEST, final.name + "\n")
-        self._retire()
+        self._damaged.discard(final.name)
         logger.info("checkpoint of step %d written to %s", step, final)
-        return {}
+        try:
+            write_text(self.directory / LATEST, final.name + "\n")
+            self._retire()
+        except OSError as error:
+            logger.warning("the checkpoint of step %d is whole, but tidying up after it failed: %s", step, error)
 
     def _retire(self) -> None:
+        """Remove the oldest; damaged ones do not count, and stay for whoever wants to look into them."""
         if not self.config.keep:
             return
         every = self.config.keep_every
-        steps = sorted(self.directory.glob(f"{PREFIX}*"))
-        for old in steps[: -self.config.keep]:
+        whole = [path for path in checkpoints(self.directory) if path.name not in self._damaged]
+        for old in whole[: -self.config.keep]:
             if every is None or step_of(old) % every:
-                # Renamed first: a removal that is cut short must not leave half a checkpoint.
-                doomed = old.with_name(HIDDEN + old.name)
-                old.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
-
-    def _agree(self, result: dict[str, Any], step: int) -> bool:
-        """Whether all ranks succeeded; if not, say what happened and remove what was written."""
-        errors = {rank: r["error"] for rank, r in enumerate(_gather(result)) if "error" in r}
-        if errors and dist.get_rank() == 0:
-            shutil.rmtree(self.directory / f"{HIDDEN}{step:08d}", ignore_errors=True)
-            rank, error = next(iter(errors.items()))
-            kept = ", ".join(path.name for path in sorted(self.directory.glob(f"{PREFIX}*"))) or "none"
-            logger.error(
-                "checkpoint of step %d was not written: rank %d: %s; older ones are intact: %s", step, rank, error, kept
-            )
-        return not errors
+                _remove(old)
 
 
 def load_state(checkpoint: Path) -> tuple[dict[str, Any], FragmentReader]:
@@ -176,37 +242,6 @@ def load_state(checkpoint: Path) -> tuple[dict[str, Any], FragmentReader]:
     return state, FragmentReader(checkpoint)
 
 
-def find_damage(checkpoint: Path, *, verify: bool = True) -> str | None:
-    """What is wrong with a checkpoint directory, or None. Torch and the network are not needed."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-        if manifest["format_version"] != FORMAT_VERSION:
-            return f"format version {manifest['format_version']}, this is version {FORMAT_VERSION}"
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST}: {error}"
-    for name, info in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != info["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {info['bytes']}"
-        if verify and describe_file(path)["sha256"] != info["sha256"]:
-            return f"{name} has another SHA-256 sum than when it was written"
-    return None
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint directory's name."""
-    return int(checkpoint.name.removeprefix(PREFIX))
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def _write_rank(fragments: Sequence[Fragment], path: Path) -> dict[str, Any]:
     entries = write_fragments(fragments, path)
     with path.open("rb") as file:
@@ -214,18 +249,18 @@ def _write_rank(fragments: Sequence[Fragment], path: Path) -> dict[str, Any]:
     return {"entries": entries, "files": {path.name: describe_file(path)}}
 
 
-def _attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run something that touches the disk; an error becomes a value, since other ranks wait for word of it."""
-    try:
-        return action()
-    except Exception as error:  # noqa: BLE001 - safetensors wraps OSErrors in its own type
-        return {"error": f"{type(error).__name__}: {error}"}
+def _remove(checkpoint: Path) -> None:
+    """Renamed first: a removal that is cut short must not leave half a checkpoint."""
+    doomed = checkpoint.with_name(HIDDEN + checkpoint.name)
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _gather(value: dict[str, Any]) -> list[dict[str, Any]]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def _read_pointer(directory: Path) -> str | None:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (directory / LATEST).read_text(encoding="utf-8").strip() or None
+    return None
 
 
 def _sync_directory(directory: Path) -> None:

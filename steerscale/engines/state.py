@@ -35,6 +35,8 @@ def owned_ranges(optimizer: Any) -> dict[torch.nn.Parameter, OwnedRange]:
     for part in optimizer.chained_optimizers:
         for parameter, main, span in _main_parameters(part):
             state = part.optimizer.state[main]
+            for name in MOMENTS:  # fused optimizers would create them at the first step, too late for a resume
+                state.setdefault(name, torch.zeros_like(main, dtype=torch.float32))
             tensors = {"weight": main.data, **{name: state[name] for name in MOMENTS}}
             start, stop = span or (0, parameter.numel())
             owned[parameter] = OwnedRange(start=start, stop=stop, tensors=tensors)
@@ -116,7 +118,8 @@ def load_fragments(
             tensor.copy_(values.reshape(tensor.shape))
     for part in optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
-            if "step" in group:  # the fused optimizers count per group, torch's per parameter
+            # The fused optimizers count per group, and before their first step not at all; torch's counts per parameter.
+            if not isinstance(part.optimizer, torch.optim.AdamW):
                 group["step"] = optimizer_steps
         for state in part.optimizer.state.values():
             if "step" in state:
@@ -145,9 +148,19 @@ def _read(
 ) -> torch.Tensor:
     """Elements [start, stop) of the flattened local parameter."""
     pieces = []
+    whole_shape = shard.whole_shape(parameter.shape, size=context.layout.tensor)
     for box in shard.boxes(parameter.shape, rank=context.at.tensor, size=context.layout.tensor):
         low, high = max(start, box.start), min(stop, box.stop)
         if low < high:
-            span = {"start": low - box.start, "stop": high - box.start}
-            pieces.append(reader.read(kind, shard.name, offset=box.offset, shape=box.shape, **span))
+            pieces.append(
+                reader.read(
+                    kind,
+                    shard.name,
+                    offset=box.offset,
+                    shape=box.shape,
+                    start=low - box.start,
+                    stop=high - box.start,
+                    whole_shape=whole_shape,
+                )
+            )
     return torch.cat(pieces)
