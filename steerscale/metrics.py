@@ -33,16 +33,19 @@ class Recorder:
         wandb_project: str | None = None,
         config_text: str = "",
         step: int = 0,
+        evaluated: bool = True,
         name: str = "",
     ) -> None:
-        """`step` is where the run begins: records from later steps, left by a killed process, are dropped."""
+        """`step` is where the run begins: what later steps recorded, left by a killed process, is dropped. So is an
+        evaluation at this step if it is still to come (not `evaluated`).
+        """
         self._lines: _Lines | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
         if not writes:
             return
         path = run_dir / "metrics.jsonl"
-        _truncate(path, step)
+        _truncate(path, step, evaluated=evaluated)
         self._lines = _Lines(path)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -180,7 +183,7 @@ def read_records(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]
     return records
 
 
-def _truncate(path: Path, step: int) -> None:
+def _truncate(path: Path, step: int, *, evaluated: bool) -> None:
     """Cut off records after `step`: a resumed run writes them again, and nobody should see a step twice.
 
     Records are in the order of their steps, so that cutting is enough: it needs no space and leaves nothing half done.
@@ -191,7 +194,8 @@ def _truncate(path: Path, step: int) -> None:
     with path.open("rb+") as file:
         for line in file:
             try:
-                later = json.loads(line)["step"] > step
+                record = json.loads(line)
+                later = record["step"] > step or (record["step"] == step and record["kind"] == "eval" and not evaluated)
             except (ValueError, KeyError, TypeError):
                 later = not line.endswith(b"\n")  # cut short by a crash; anything else that is no record is not ours
             if later:
@@ -229,8 +233,8 @@ def _scalars(kind: str, record: Mapping[str, Any]) -> list[tuple[str, float | No
     if kind != "train":
         return []
     tags = [(tag, record[name]) for name, tag in _TAGS.items() if name in record]
-    split = [(f"time/{name}", value) for name, value in record.get("seconds", {}).items()]
-    return tags + split
+    sections = {**record.get("seconds", {}), **record.get("seconds_between_steps", {})}
+    return tags + [(f"time/{name}", value) for name, value in sections.items()]
 
 
 def _plain(value: Any) -> Any:

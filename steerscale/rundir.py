@@ -132,6 +132,11 @@ def read_status(run_dir: Path) -> Status:
         raise SteerscaleError(f"{run_dir / STATUS} cannot be read: {error}") from error
 
 
+def log_path(run_dir: Path, rank: int) -> Path:
+    """Where a rank's output goes."""
+    return run_dir / "logs" / f"rank_{rank}.log"
+
+
 def write_error(run_dir: Path, rank: int, error: BaseException) -> None:
     """Leave word of how this rank failed for the launcher's summary; the first word counts."""
     path = _error_path(run_dir, rank)

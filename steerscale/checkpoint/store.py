@@ -74,6 +74,9 @@ class _Pending:
 class CheckpointStore:
     """Writes and finds checkpoints of one run. Every method is called by all ranks together."""
 
+    newest_step: int | None = None
+    """Step of the newest checkpoint that was written, or found by `latest`."""
+
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         self.directory, self.config = directory, config
         self._pending: _Pending | None = None
@@ -118,7 +121,9 @@ class CheckpointStore:
             return True
         pending, self._pending = self._pending, None
         pending.thread.join()
-        return self._agree(pending.step, pending.outcome, then=lambda parts: self._publish(pending.step, parts))
+        written = self._agree(pending.step, pending.outcome, then=lambda parts: self._publish(pending.step, parts))
+        self.newest_step = pending.step if written else self.newest_step
+        return written
 
     def latest(self) -> Path | None:
         """The newest undamaged checkpoint; None if none was ever written. Ranks share the work of reading.
@@ -138,6 +143,7 @@ class CheckpointStore:
         for name in reversed(names):
             problem = self._find_damage(name)
             if problem is None:
+                self.newest_step = step_of(self.directory / name)
                 return self.directory / name
             problems.append(f"{name}: {problem}")
             self._damaged.add(name)

@@ -6,18 +6,16 @@ in `Progress`, and that is in every checkpoint.
 """
 
 import logging
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from steerscale.checkpoint.store import CheckpointStore
 from steerscale.data.consumed import ConsumedHash
+from steerscale.data.order import Skip
 from steerscale.engines.megatron import StepResult
 from steerscale.errors import CheckpointError, TrainingError
 from steerscale.metrics import Recorder, console_line
@@ -26,6 +24,7 @@ from steerscale.parallel.context import ParallelContext
 from steerscale.train.config import RunConfig, batch_size_at
 from steerscale.train.signals import StopRequest
 from steerscale.train.task import Task
+from steerscale.train.window import Window
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +46,10 @@ class Progress:
     """Order-independent hash of their identities (`data.consumed`)."""
     skipped_in_row: int = 0
     """Steps skipped since the last one that was applied."""
+    skipped_from: int = 0
+    """Samples consumed before the first of those."""
+    evaluated_step: int = 0
+    """Step after which the last evaluation took place; a stop may come before one that is due."""
 
 
 class Loop:
@@ -62,12 +65,15 @@ class Loop:
         recorder: Recorder,
         stop: StopRequest,
         progress: Progress,
+        on_report: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_report` is called whenever there is news of the progress: every metrics.interval steps."""
         self.task, self.config, self.context = task, config, context
         self.store, self.recorder, self.stop, self.progress = store, recorder, stop, progress
+        self._on_report = on_report
         self._window = Window(skip=config.metrics.warmup_steps)
         self._stopping = False
-        self._saved_step = progress.step
+        self._tried_step = progress.step
 
     def run(self) -> bool:
         """Train. Returns True at the last step, False if a stop was asked for; either way a checkpoint is on disk.
@@ -75,25 +81,23 @@ class Loop:
         Raises TrainingError after too many skipped steps in a row, CheckpointError if the last checkpoint cannot be written.
         """
         config, progress = self.config, self.progress
+        self._evaluate_if_due()  # a stop may have come before it
         while progress.step < config.train.steps and not self._stopping:
             self._step()
-            if progress.step % config.metrics.interval == 0 or progress.step == config.train.steps:
+            if _due(progress.step, config.metrics.interval) or progress.step == config.train.steps or self._stopping:
                 self._report()
-            if self._stopping:
-                break
-            if _due(progress.step, config.train.eval_interval) or progress.step == config.train.steps:
-                self._evaluate()
-            with self._window.time("checkpoint", excluded=True):
+            self._evaluate_if_due()
+            with self._window.time("checkpoint", between_steps=True):
                 self.store.poll()
-                if _due(progress.step, config.checkpoint.interval) and progress.step < config.train.steps:
+                if self._checkpoint_is_due():
                     self._save()
-        with self._window.time("checkpoint", excluded=True):
-            written = self.store.wait()
-            if self._saved_step != progress.step or not written:
-                written = self._save() and self.store.wait()
+        written = self.store.wait()
+        if self.store.newest_step != progress.step:
+            written = self._save() and self.store.wait()
         if not written:
             raise CheckpointError(
-                f"the checkpoint of step {progress.step}, the last one, was not written: see the log above"
+                f"the checkpoint of step {progress.step}, the last one, was not written: see the log above; older "
+                "checkpoints are untouched, make room and start again"
             )
         return not self._stopping
 
@@ -122,27 +126,37 @@ class Loop:
             self._skipped(result, first)
         self._window.end(result, lr=lr, size=size)
 
-    def _skipped(self, result: StepResult, first_sample: int) -> None:
-        progress = self.progress
+    def _skipped(self, result: StepResult, first: int) -> None:
+        """Record a step that was not applied; the one that is too many ends the run."""
+        progress, totals = self.progress, result.totals
+        if not progress.skipped_in_row:
+            progress.skipped_from = first
         progress.skipped_in_row += 1
-        where = f"samples {first_sample} to {progress.consumed_samples - 1}"
+        begin, end = self._positions(first)
         logger.warning(
-            "step %d skipped: loss %s, gradient norm %s, %s", progress.step, result.totals.loss, result.grad_norm, where
+            "step %d skipped: loss %s, gradient norm %s, samples %d to %d",
+            *(progress.step, totals.loss, result.grad_norm, begin, end - 1),
         )
-        values = {
-            "loss": result.totals.loss,
-            "grad_norm": result.grad_norm,
-            "first_sample": first_sample,
-            "end_sample": progress.consumed_samples,
-        }
+        values = {"loss": totals.loss, "grad_norm": result.grad_norm, "first_sample": begin, "end_sample": end}
         self.recorder.write("skip", progress.step, values)
         limit = self.config.train.max_skipped_in_row
         if progress.skipped_in_row >= limit:
+            self.store.wait()  # what is being written is from before
+            begin, end = self._positions(progress.skipped_from)
+            skip = [*self._ranges_left_out(), [begin, end]]
             raise TrainingError(
-                f"{limit} steps in a row had a loss or gradient that was not finite, the last on {where}: lower optim.lr, "
-                f"or leave the samples out with data.skip=[[{first_sample},{progress.consumed_samples}]]; "
-                "the last checkpoint is from before"
+                f"{limit} steps in a row had a loss or gradient that was not finite, on samples {begin} to {end - 1}: lower "
+                f"optim.lr, or leave the samples out with data.skip={str(skip).replace(' ', '')}; the last checkpoint is "
+                "from before"
             )
+
+    def _positions(self, first: int) -> tuple[int, int]:
+        """Positions [begin, end) in the data of what was consumed from `first` on, as data.skip counts them."""
+        begin, last = Skip(self._ranges_left_out())(np.array([first, self.progress.consumed_samples - 1]))
+        return int(begin), int(last) + 1
+
+    def _ranges_left_out(self) -> list[list[int]]:
+        return self.config.data.skip if self.config.data is not None else []
 
     def _report(self) -> None:
         window, progress = self._window, self.progress
@@ -151,7 +165,8 @@ class Loop:
             return
         seconds = values["seconds_per_step"]
         if seconds is not None:
-            values.update(self.task.throughput(seconds, window.layout))
+            if window.uniform:  # of steps of several sizes the throughput is unknown
+                values.update(self.task.throughput(seconds, window.layout))
             values["eta_seconds"] = seconds * (self.config.train.steps - progress.step)
         values.update(
             bubble_fraction=window.layout.bubble_fraction,
@@ -164,17 +179,32 @@ class Loop:
         self.recorder.write("train", progress.step, values)
         logger.info("%s", console_line({"step": progress.step, **values}, steps=self.config.train.steps))
         window.reset()
+        self._on_report()
 
-    def _evaluate(self) -> None:
-        with self._window.time("evaluation", excluded=True):
+    def _evaluate_if_due(self) -> None:
+        step, train = self.progress.step, self.config.train
+        due = step > 0 and (_due(step, train.eval_interval) or step >= train.steps)
+        if self._stopping or not due or self.progress.evaluated_step == step:
+            return
+        with self._window.time("evaluation", between_steps=True):
             values = self.task.evaluate(self._stop_agreed)
+        if self._stopping:
+            return
+        self.progress.evaluated_step = step
         if values:
             self.recorder.write("eval", self.progress.step, values)
             shown = "  ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in values.items())
             logger.info("step %d on held-out text: %s", self.progress.step, shown)
 
+    def _checkpoint_is_due(self) -> bool:
+        """Not while steps are being skipped: whoever leaves their samples out begins before the first of them."""
+        step, interval = self.progress.step, self.config.checkpoint.interval
+        if step == self.config.train.steps or self.progress.skipped_in_row:
+            return False
+        return step // interval > self._tried_step // interval
+
     def _save(self) -> bool:
-        self._saved_step = self.progress.step
+        self._tried_step = self.progress.step
         model = asdict(self.config.model)
         return self.store.save(
             self.progress.step, self.task.engine.fragments, {"progress": asdict(self.progress), "model": model}
@@ -193,62 +223,6 @@ class Loop:
         both = torch.tensor([peak, -peak], device=self.context.device)
         dist.all_reduce(both, op=dist.ReduceOp.MAX)
         return {"memory_peak_gib_max": both[0].item(), "memory_peak_gib_min": -both[1].item()}
-
-
-class Window:
-    """Measurements since the last report. Warm-up steps and excluded sections do not count in seconds a step."""
-
-    def __init__(self, *, skip: int) -> None:
-        self._skip = skip
-        self.layout: Any = None
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin anew."""
-        self._loss_sum, self._tokens, self._grad_norm, self._lr, self._size = 0.0, 0, 0.0, 0.0, 0
-        self._steps = self._timed = 0
-        self._seconds = 0.0
-        self._split: dict[str, float] = defaultdict(float)
-
-    def begin(self, layout: Any) -> None:
-        """A step begins, with the batch of `layout`."""
-        self.layout, self._started = layout, time.perf_counter()
-
-    def end(self, result: StepResult, *, lr: float, size: int) -> None:
-        """The step is done."""
-        if self._skip > 0:
-            self._skip -= 1
-        else:
-            self._seconds += time.perf_counter() - self._started
-            self._timed += 1
-        self._steps += 1
-        self._lr, self._size, self._grad_norm = lr, size, result.grad_norm
-        if result.applied:
-            self._loss_sum, self._tokens = self._loss_sum + result.totals.loss_sum, self._tokens + result.totals.tokens
-
-    @contextmanager
-    def time(self, name: str, *, excluded: bool = False) -> Iterator[None]:
-        """Attribute the time in this context; `excluded` sections lie outside steps and are reported in total."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            if excluded or self._skip == 0:
-                self._split[name] += time.perf_counter() - started
-
-    def averages(self) -> dict[str, Any] | None:
-        """Means since the last report; None if there was no step."""
-        if not self._steps:
-            return None
-        return {
-            "loss": self._loss_sum / self._tokens if self._tokens else float("nan"),
-            "grad_norm": self._grad_norm,
-            "lr": self._lr,
-            "global_batch_size": self._size,
-            "seconds_per_step": self._seconds / self._timed if self._timed else None,
-            "timed_steps": self._timed,
-            "seconds": dict(self._split),
-        }
 
 
 def _due(step: int, interval: int) -> bool:

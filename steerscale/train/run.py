@@ -4,9 +4,9 @@ The worker's entry point imports this late, since torch and Megatron-Core come w
 """
 
 import logging
-import os
 import platform
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from steerscale.metrics import Recorder
 from steerscale.parallel.context import ParallelContext, initialize
 from steerscale.planning.flops import model_flops_per_token
 from steerscale.planning.hardware import peak_tflops
-from steerscale.rundir import Status, read_config, write_status
+from steerscale.rundir import State, Status, read_config, write_error, write_status
 from steerscale.train.config import RunConfig
 from steerscale.train.gpt import build_gpt_task
 from steerscale.train.loop import Loop, Progress
@@ -30,37 +30,68 @@ from steerscale.train.task import Task
 logger = logging.getLogger(__name__)
 
 
-def run(run_dir: Path, *, rank: int, stop: StopRequest) -> None:
+def run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> None:
     """Train what the run directory describes, from its newest checkpoint if it has one."""
     config = from_mapping(RunConfig, read_config(run_dir))
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    with initialize(config.layout(), timeout_minutes=config.launcher.timeout_minutes) as context:
-        task = build_gpt_task(config, context, peak_tflops=_peak_tflops(config, context.device))
-        with closing(task):
-            store = CheckpointStore(run_dir / "checkpoints", config.checkpoint)
-            progress = _resume(config, store, task)
-            recorder = Recorder(
-                run_dir,
-                writes=rank == 0,
-                tensorboard=config.metrics.tensorboard,
-                wandb_project=config.metrics.wandb_project,
-                config_text=dump_yaml(config),
-                step=progress.step,
-                name=config.name,
-            )
-            with closing(recorder):
-                _announce(config, context, progress, recorder, run_dir)
-                loop = Loop(
-                    task, config=config, context=context, store=store, recorder=recorder, stop=stop, progress=progress
-                )
-                finished = loop.run()
+    torch.set_num_threads(threads)
+    with (
+        initialize(config.layout(), timeout_minutes=config.launcher.timeout_minutes) as context,
+        _leaving_word(run_dir, rank),
+        closing(build_gpt_task(config, context, peak_tflops=_peak_tflops(config, context.device))) as task,
+    ):
+        store = CheckpointStore(run_dir / "checkpoints", config.checkpoint)
+        progress = _resume(config, store, task)
+
+        def report(state: State, reason: str = "") -> None:
             if rank == 0:
-                reason = (
-                    "" if finished else f"stopped by {stop.name or 'a signal to another rank'}; start again to go on"
-                )
-                state = "finished" if finished else "stopped"
-                write_status(run_dir, Status(state=state, step=progress.step, steps=config.train.steps, reason=reason))
-                logger.info("%s at step %d of %d", state, progress.step, config.train.steps)
+                status = Status(state=state, step=progress.step, steps=config.train.steps, reason=reason)
+                write_status(run_dir, status)
+
+        with closing(_recorder(config, progress, run_dir, writes=rank == 0)) as recorder:
+            report("running")
+            _announce(config, context, progress, recorder)
+            loop = Loop(
+                task,
+                config=config,
+                context=context,
+                store=store,
+                recorder=recorder,
+                stop=stop,
+                progress=progress,
+                on_report=lambda: report("running"),
+            )
+            finished = loop.run()
+        if finished:
+            report("finished")
+        else:
+            report("stopped", f"stopped by {stop.name or 'a signal to another rank'}; start again to go on")
+        logger.info("%s at step %d of %d", "finished" if finished else "stopped", progress.step, config.train.steps)
+
+
+@contextmanager
+def _leaving_word(run_dir: Path, rank: int) -> Iterator[None]:
+    """Write down an error before the process group is left: what fails first must be first in time.
+
+    Leaving breaks the other ranks' connections, and they fail of that within a millisecond.
+    """
+    try:
+        yield
+    except Exception as error:
+        write_error(run_dir, rank, error)
+        raise
+
+
+def _recorder(config: RunConfig, progress: Progress, run_dir: Path, *, writes: bool) -> Recorder:
+    return Recorder(
+        run_dir,
+        writes=writes,
+        tensorboard=config.metrics.tensorboard,
+        wandb_project=config.metrics.wandb_project,
+        config_text=dump_yaml(config),
+        step=progress.step,
+        evaluated=progress.evaluated_step == progress.step,
+        name=config.name,
+    )
 
 
 def _resume(config: RunConfig, store: CheckpointStore, task: Task) -> Progress:
@@ -85,13 +116,10 @@ _FREE_MODEL_KEYS = ("dropout", "attention_dropout", "init_std")
 """Settings that no tensor depends on."""
 
 
-def _announce(
-    config: RunConfig, context: ParallelContext, progress: Progress, recorder: Recorder, run_dir: Path
-) -> None:
+def _announce(config: RunConfig, context: ParallelContext, progress: Progress, recorder: Recorder) -> None:
     if context.rank != 0:
         return
     device = _device_name(context.device)
-    write_status(run_dir, Status(state="running", step=progress.step, steps=config.train.steps))
     recorder.write(
         "start", progress.step, {"layout": str(context.layout), "device": device, "ranks": context.layout.world_size}
     )

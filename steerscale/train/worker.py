@@ -5,41 +5,79 @@ LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Exit status: 0 finished or stopped cleanl
 """
 
 import argparse
+import contextlib
+import ctypes
 import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 from steerscale.errors import SteerscaleError
-from steerscale.rundir import write_error
+from steerscale.rundir import clear_error, log_path, write_error
 from steerscale.train.signals import StopRequest
 
 logger = logging.getLogger("steerscale")
 
+PR_SET_PDEATHSIG = 1
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Run this rank; see the module's docstring."""
+    """Run this rank in a process of its own; see the module's docstring."""
     stop = StopRequest()
     stop.install()
     parser = argparse.ArgumentParser(prog="steerscale.train.worker", description="Run one rank of a prepared run.")
     parser.add_argument("run_dir", type=Path, help="run directory with config.yaml")
-    run_dir = parser.parse_args(argv).run_dir
+    parser.add_argument("--parent", type=int, help="process to die with, whatever ends it")
+    args = parser.parse_args(argv)
+    if args.parent is not None:
+        _die_with(args.parent)
     rank = int(os.environ.get("RANK", "0"))
-    console = _redirect_output(run_dir / "logs" / f"rank_{rank}.log")
-    _log_to(sys.stderr, console if rank == 0 else None, rank=rank)
+    console = _redirect_output(log_path(args.run_dir, rank))
+    with _logging_to(sys.stderr, console if rank == 0 else None, rank=rank):
+        status = _run(args.run_dir, rank=rank, stop=stop, threads=int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if status:
+        sys.stderr.flush()
+        # At once, past any clean-up that could wait for the other ranks: they learn of it by the broken connection.
+        os._exit(status)
+    return 0
+
+
+def run_alone(run_dir: Path, *, threads: int) -> int:
+    """Run the only rank in this process, so that a debugger sees it; returns its exit status.
+
+    Raises KeyboardInterrupt at the second Ctrl-C; the first one is a stop signal.
+    """
+    stop = StopRequest()
+    path = log_path(run_dir, 0)
+    path.parent.mkdir(exist_ok=True)
+    with stop.interactive(), path.open("a", encoding="utf-8") as log, _logging_to(log, sys.stdout, rank=0):
+        return _run(run_dir, rank=0, stop=stop, threads=threads)
+
+
+def _run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> int:
+    clear_error(run_dir, rank)
     try:
         # Torch and Megatron-Core take seconds to import: a stop signal that comes meanwhile is already remembered.
         from steerscale.train.run import run
 
-        run(run_dir, rank=rank, stop=stop)
+        run(run_dir, rank=rank, stop=stop, threads=threads)
     except Exception as error:
         logger.exception("rank %d failed", rank)
         write_error(run_dir, rank, error)
-        sys.stderr.flush()
-        # At once, past any clean-up that could wait for the other ranks: they learn of it by the broken connection.
-        os._exit(2 if isinstance(error, SteerscaleError) else 1)
+        return 2 if isinstance(error, SteerscaleError) else 1
     return 0
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent is gone: a launcher that is killed leaves no ranks behind."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before the kernel knew
+        os._exit(1)
 
 
 def _redirect_output(path: Path) -> TextIO:
@@ -52,18 +90,32 @@ def _redirect_output(path: Path) -> TextIO:
     return console
 
 
-def _log_to(file: TextIO, console: TextIO | None, *, rank: int) -> None:
-    logging.captureWarnings(True)
+@contextlib.contextmanager
+def _logging_to(file: TextIO, console: TextIO | None, *, rank: int) -> Iterator[None]:
+    """Log to the rank's file, and what the library says to the console as well."""
     handler = logging.StreamHandler(file)
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
-    root.addHandler(handler)
+    level = root.level
     # Rank 0 speaks; what another rank has to say stands in its own log, and comes to light if the run fails.
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    handlers = [(root, handler)]
     if console is not None:
         spoken = logging.StreamHandler(console)
         spoken.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(spoken)
+        # A failure is told once, by the launcher's summary; the traceback is in the log.
+        spoken.addFilter(lambda record: record.exc_info is None)
+        handlers.append((logger, spoken))
+    logging.captureWarnings(True)
+    for owner, one in handlers:
+        owner.addHandler(one)
+    try:
+        yield
+    finally:
+        for owner, one in handlers:
+            owner.removeHandler(one)
+        root.setLevel(level)
+        logging.captureWarnings(False)
 
 
 if __name__ == "__main__":
