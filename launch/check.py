@@ -1,16 +1,22 @@
 """Everything that can be checked before a rank starts is checked here, with the user's own words in the error."""
 
 import importlib.util
-import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from launch.resume import check_same_model
 from steerscale.config import from_mapping
 from steerscale.data.dataset import inspect_data
-from steerscale.errors import ConfigError, DataError
+from steerscale.errors import ConfigError, LayoutError
+from steerscale.parallel.layout import ParallelLayout
+from steerscale.rundir import CONFIG
 from steerscale.train.config import RunConfig, check_ramp_up, with_vocabulary
+
+MOST_LOCAL_RANKS_PER_CORE = 8
+"""More are refused; 64 are always allowed."""
 
 
 def check_config(mapping: Mapping[str, Any]) -> RunConfig:
@@ -19,91 +25,117 @@ def check_config(mapping: Mapping[str, Any]) -> RunConfig:
     Raises SteerscaleErrors; reads datasets' manifests and, if the run directory exists, its newest checkpoint's state.
     """
     mapping = dict(mapping)
-    if mapping.get("data") is not None and not (mapping["data"].get("path") or mapping["data"].get("blend")):
+    data = mapping.get("data")
+    if isinstance(data, Mapping) and not (data.get("path") or data.get("blend")):
         mapping["data"] = None
     config = _absolute(from_mapping(RunConfig, mapping))
     dry = config.launcher.name == "dry_run"
-    if config.data is not None and not (dry and config.model.vocab_size is not None):
-        config = _check_data(config)
-    elif config.data is None and not dry:
-        raise ConfigError("data.path or data.blend must be given: a dataset made with `steerscale data prepare`")
-    elif config.model.vocab_size is None:
-        raise ConfigError("a dry run without data needs model.vocab_size, e.g. model.vocab_size=51200")
     layout = config.layout()
     check_ramp_up(config.train.ramp_up, layout)
+    _check_ranks(config, layout)
+    if data_is_there(config):
+        config = _check_data(config)
+        config.layout()  # once more, with the vocabulary
+    elif not dry:
+        raise ConfigError(
+            "data.path (or data.blend) must be given: data.path=DIRECTORY of a dataset made with `steerscale data prepare`"
+        )
+    elif config.model.vocab_size is None:
+        raise ConfigError("a dry run without data needs model.vocab_size, e.g. model.vocab_size=51200")
     _check_wandb(config)
+    _check_init_from(config)
     if not dry:
         _check_run_dir(config)
-        _check_init_from(config)
-    for rank in config.launcher.ranks:
-        layout.coordinates(rank)
     return config
+
+
+def data_is_there(config: RunConfig) -> bool:
+    """Whether the datasets are to be read: always, but for a dry run that can do without the ones that are elsewhere."""
+    if config.data is None:
+        return False
+    if config.launcher.name == "dry_run" and config.model.vocab_size is not None:
+        return all(Path(path).is_dir() for path in config.data.weights)
+    return True
 
 
 def _absolute(config: RunConfig) -> RunConfig:
     """Ranks may start elsewhere: relative paths mean those of whoever typed them."""
     data = config.data
     if data is not None and data.path is not None:
-        data = replace(data, path=str(Path(data.path).absolute()))
+        data = replace(data, path=_path(data.path, "data.path"))
     elif data is not None:
-        data = replace(data, blend={str(Path(path).absolute()): share for path, share in (data.blend or {}).items()})
+        data = replace(data, blend={_path(path, "data.blend"): share for path, share in (data.blend or {}).items()})
     train = config.train
     if train.init_from is not None:
-        train = replace(train, init_from=str(Path(train.init_from).absolute()))
-    return replace(config, run_dir=str(Path(config.run_dir).absolute()), data=data, train=train)
+        train = replace(train, init_from=_path(train.init_from, "train.init_from"))
+    return replace(config, run_dir=_path(config.run_dir, "run_dir"), data=data, train=train)
+
+
+def _path(text: str, key: str) -> str:
+    try:
+        path = Path(text).expanduser().absolute()  # no shell expands the ~ of key=~/there
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).lower()
+        raise ConfigError(f"{key}={text} is no usable path: {reason}") from error
+    return str(path)
+
+
+def _check_ranks(config: RunConfig, layout: ParallelLayout) -> None:
+    cores, ranks = os.cpu_count() or 1, layout.world_size
+    if config.launcher.name == "local" and ranks > max(64, MOST_LOCAL_RANKS_PER_CORE * cores):
+        raise LayoutError(
+            f"launcher=local would start all {ranks:,} ranks ({layout}) on this machine with its {cores} cores: use "
+            "launcher=dry_run to look at this layout, or smaller parallel.tensor, .pipeline or .data"
+        )
+    for rank in config.launcher.ranks:
+        if not 0 <= rank < ranks:
+            raise LayoutError(
+                f"launcher.ranks={config.launcher.ranks}: there is no rank {rank}, {layout} has ranks 0 to {ranks - 1}"
+            )
 
 
 def _check_data(config: RunConfig) -> RunConfig:
     assert config.data is not None
-    manifests = list(inspect_data(config.data, seq_len=config.model.seq_len).values())
-    for manifest in manifests:
-        if (
-            config.train.eval_interval
-            and "valid" in manifest.splits
-            and manifest.splits["valid"].tokens <= config.model.seq_len
-        ):
-            raise DataError(
-                f"the split 'valid' has {manifest.splits['valid'].tokens} tokens, fewer than one sequence of "
-                f"model.seq_len={config.model.seq_len}: prepare the data with a larger --split, or set train.eval_interval=0"
-            )
-    return with_vocabulary(config, manifests[0].tokenizer.vocab_size)
+    manifests = inspect_data(config.data, seq_len=config.model.seq_len)
+    # Held-out text is read where every dataset has some.
+    if all("valid" in manifest.splits for manifest in manifests.values()):
+        for path, manifest in manifests.items():
+            manifest.require_split("valid", seq_len=config.model.seq_len, path=path)
+    (first, *_) = manifests.values()
+    return with_vocabulary(config, first.tokenizer.vocab_size)
 
 
 def _check_wandb(config: RunConfig) -> None:
-    if config.metrics.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("metrics.wandb_project is set but wandb is not installed: pip install 'steerscale[wandb]'")
+    if config.metrics.wandb_project is None:
+        return
+    found = importlib.util.find_spec("wandb")
+    # W&B leaves a folder of its name where it ran, which Python takes for a package without contents.
+    if found is None or found.origin is None:
+        raise ConfigError(
+            f"metrics.wandb_project={config.metrics.wandb_project} is set but wandb is not installed: pip install "
+            "'steerscale[wandb]', or leave it null"
+        )
 
 
 def _check_run_dir(config: RunConfig) -> None:
     run_dir = Path(config.run_dir)
-    if run_dir.exists() and not (run_dir / "config.yaml").is_file():
-        raise ConfigError(
-            f"run_dir={run_dir} exists and is no run directory: choose another with run_dir=... or name=..."
-        )
-    parent = next(path for path in run_dir.parents if path.exists())
+    if (run_dir.exists() or run_dir.is_symlink()) and not (run_dir / CONFIG).is_file():
+        what = "a dangling link" if not run_dir.exists() else "a file" if run_dir.is_file() else "no run directory"
+        raise ConfigError(f"run_dir={run_dir} exists and is {what}: choose another with run_dir=... or name=...")
+    parent = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     if not parent.is_dir():
-        raise ConfigError(f"run_dir={run_dir} cannot be made: {parent} is a file")
-    states = sorted((run_dir / "checkpoints").glob("step_*/state.json"))
-    if not states:
-        return
-    try:
-        there = json.loads(states[-1].read_text(encoding="utf-8"))["model"]
-    except (OSError, ValueError, KeyError):
-        return  # a damaged checkpoint: the workers name it and use the one before
-    now = asdict(config.model)
-    differing = [f"model.{key} was {value}, is {now.get(key)}" for key, value in there.items() if now.get(key) != value]
-    differing = [
-        text
-        for text in differing
-        if not text.startswith(("model.dropout", "model.attention_dropout", "model.init_std"))
-    ]
-    if differing:
-        raise ConfigError(
-            f"run_dir={run_dir} holds a run of another model ({'; '.join(differing)}): choose another run_dir or name"
-        )
+        raise ConfigError(f"run_dir={run_dir} cannot be made: {parent} is a file; choose another with run_dir=...")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {parent} belongs to someone else; choose another")
+    check_same_model(config)
 
 
 def _check_init_from(config: RunConfig) -> None:
     start = config.train.init_from
     if start is not None and not (Path(start) / "config.json").is_file():
-        raise ConfigError(f"train.init_from={start} is no Hugging Face model directory: it has no config.json")
+        what = "has no config.json" if Path(start).is_dir() else "does not exist"
+        raise ConfigError(
+            f"train.init_from={start} is no Hugging Face model directory: it {what}; name a downloaded model's directory, "
+            "or leave it null for random weights"
+        )

@@ -1,39 +1,164 @@
-"""`launcher=dry_run`: any rank of any layout, built in this process on the meta device, against the planner's arithmetic."""
+"""`launcher=dry_run`: the plan of a run in words, and any rank of any layout built in this process on the meta device.
 
+What the planner computes is held against what Megatron-Core builds: a difference is a defect and ends the dry run.
+"""
+
+from pathlib import Path
+
+from launch.check import data_is_there
+from steerscale.data.dataset import inspect_data
+from steerscale.data.order import ShuffledWindows
 from steerscale.models.gpt import GPT, transformer_config
+from steerscale.optim import learning_rate
 from steerscale.parallel.context import initialize
+from steerscale.parallel.layout import ParallelLayout
 from steerscale.planning.flops import model_flops_per_token
+from steerscale.planning.hardware import DEVICES
 from steerscale.planning.memory import MemoryEstimate, estimate_memory, shard_parameters, unique_parameters
-from steerscale.train.config import RunConfig
+from steerscale.train.config import RunConfig, total_samples, wsd_decay_steps
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
+HEADROOM = 0.9
+"""Share of a device's memory that an estimate may fill; the rest is for what it leaves out."""
 
 
 def show_plan(config: RunConfig) -> str:
     """The plan as text: what the whole model costs and what the chosen ranks hold."""
-    layout, model = config.layout(), config.model
-    held = sum(
-        shard_parameters(model, layout, layout.tensor * layout.data * stage + tensor)
-        for stage in range(layout.pipeline)
-        for tensor in range(layout.tensor)
-    )
     lines = [
-        f"layout      {layout} = {layout.world_size:,} ranks",
-        f"batch       {layout.global_batch_size:,} sequences x {model.seq_len:,} tokens = "
-        f"{layout.global_batch_size * model.seq_len:,} tokens a step, {config.train.steps:,} steps = "
-        f"{layout.global_batch_size * model.seq_len * config.train.steps / 1e9:,.3f}B tokens",
-        f"parameters  {unique_parameters(model, layout):,} in the model, {held:,} held by a replica's "
-        f"{layout.tensor * layout.pipeline} ranks, {held * layout.data:,} over all ranks",
-        f"compute     {model_flops_per_token(model):.4g} model FLOPs a token",
-        f"pipeline    {layout.gradient_accumulation_steps} micro-batches a step, bubble {layout.bubble_fraction:.1%}",
+        f"plan of {config.name!r}; nothing is started or written",
         "",
-        _row("rank", "stage data tensor", "layers", "parameters", *PARTS, "total GiB"),
+        *(f"{title:<12}{text}" for title, text in plan_lines(config)),
+        "",
+        _row("rank", "stage", "replica", "tensor", "layers", "parameters", *PARTS, "total"),
+        *(_describe(config, rank) for rank in config.launcher.ranks),
+        "",
+        "Shards were built without memory and hold exactly these parameters. Weights to total: estimated GiB at the fullest",
+        "moment, without the allocator's fragmentation, kernels' workspaces and communication buffers.",
     ]
-    lines += [_describe(config, rank) for rank in config.launcher.ranks]
-    lines.append("")
-    lines.append("memory is an estimate in GiB, without the allocator's fragmentation and the communication buffers")
     return "\n".join(lines)
 
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
+def plan_lines(config: RunConfig) -> list[tuple[str, str]]:
+    """(title, text) of each fact about the whole run."""
+    layout, model = config.layout(), config.model
+    heads = f"{model.num_heads} heads" + (
+        f" on {model.kv_groups} key/value" if model.kv_groups != model.num_heads else ""
+    )
+    total, held = unique_parameters(model, layout), replica_parameters(config)
+    tokens = total_samples(config.train.ramp_up, layout, config.train.steps) * model.seq_len
+    flops = model_flops_per_token(model)
+    return [
+        (
+            "model",
+            f"{total:,} parameters: {model.num_layers} layers of width {model.d_model:,}, {heads}, vocabulary of "
+            f"{model.tokens:,} tokens (padded to {model.padded_vocab:,})",
+        ),
+        (
+            "ranks",
+            f"{layout.world_size:,} = {layout.tensor} tensor x {layout.pipeline} pipeline x {layout.data} data"
+            f"{', sequence parallel' if layout.sequence else ''}; {layout}",
+        ),
+        (
+            "copies",
+            f"{held:,} parameters in each replica of {layout.tensor * layout.pipeline} ranks (norms and a tied embedding are "
+            f"held more than once), {held * layout.data:,} over all ranks",
+        ),
+        (
+            "batch",
+            f"{layout.micro_batch_size} a micro-batch x {layout.gradient_accumulation_steps} accumulated x {layout.data} "
+            f"replicas = {layout.global_batch_size:,} sequences of {model.seq_len:,} = "
+            f"{layout.global_batch_size * model.seq_len:,} tokens a step{_ramp(config)}",
+        ),
+        (
+            "run",
+            f"{config.train.steps:,} steps = {tokens:,} tokens ({tokens / total:.3g} a parameter), {flops * tokens:.4g} model "
+            f"FLOPs ({flops:.4g} a token)",
+        ),
+        *_data_lines(config),
+        ("learning", _schedule(config)),
+        ("pipeline", _pipeline(layout)),
+        ("memory", _memory(config)),
+    ]
+
+
+def replica_parameters(config: RunConfig) -> int:
+    """Parameters that the ranks of one replica hold together, what several of them hold counted as often."""
+    layout = config.layout()
+    # All tensor ranks of a stage hold equally many.
+    first = (layout.tensor * layout.data * stage for stage in range(layout.pipeline))
+    return layout.tensor * sum(shard_parameters(config.model, layout, rank) for rank in first)
+
+
+def _ramp(config: RunConfig) -> str:
+    ramp_up = config.train.ramp_up
+    if ramp_up is None:
+        return ""
+    return f", from {ramp_up.start:,} sequences in steps of {ramp_up.increment:,} over the first {ramp_up.samples:,}"
+
+
+def _data_lines(config: RunConfig) -> list[tuple[str, str]]:
+    """One line a dataset: how much of it there is, and how often the run reads it."""
+    if config.data is None:
+        return [("data", "none given; model.vocab_size stands in for the dataset's")]
+    if not data_is_there(config):
+        absent = ", ".join(path for path in config.data.weights if not Path(path).is_dir())
+        return [("data", f"not on this machine, so not checked: {absent}")]
+    seq_len = config.model.seq_len
+    samples = total_samples(config.train.ramp_up, config.layout(), config.train.steps)
+    lines = []
+    for path, manifest in inspect_data(config.data, seq_len=seq_len).items():
+        tokens, share = manifest.splits["train"].tokens, config.data.weights[path]
+        per_epoch = ShuffledWindows(num_tokens=tokens, seq_len=seq_len, key="").per_epoch
+        part = f"{share:.1%} of the samples, " if len(config.data.weights) > 1 else ""
+        valid = f", {manifest.splits['valid'].tokens:,} held out" if "valid" in manifest.splits else ", none held out"
+        lines.append(
+            ("data", f"{path}: {part}{tokens:,} tokens{valid}; read {samples * share / per_epoch:,.3g} times over")
+        )
+    return lines
+
+
+def _schedule(config: RunConfig) -> str:
+    optim, steps = config.optim, config.train.steps
+    warmup = f"{optim.warmup_steps:,} steps of warm-up to " if optim.warmup_steps else ""
+    last = learning_rate(optim, steps - 1, steps)
+    if optim.schedule == "constant":
+        return f"{warmup}{optim.lr:g}, constant"
+    if optim.schedule == "wsd":
+        return f"{warmup}{optim.lr:g}, linear over the last {wsd_decay_steps(optim, steps):,} steps to {last:g}"
+    return f"{warmup}{optim.lr:g}, cosine to {last:g} at the last step"
+
+
+def _pipeline(layout: ParallelLayout) -> str:
+    if layout.pipeline == 1:
+        return "one stage, no bubble"
+    bubble = layout.bubble_fraction
+    chunks = f" of {layout.virtual_pipeline} chunks each" if layout.virtual_pipeline > 1 else ""
+    text = (
+        f"{layout.pipeline} stages{chunks}, {layout.gradient_accumulation_steps} micro-batches a step: bubble {bubble:.1%} of "
+        f"the ideal time, so stages are idle {bubble / (1 + bubble):.1%} of each step"
+    )
+    return f"{text}; accumulate more micro-batches, or interleave" if bubble > 0.25 else text
+
+
+def _memory(config: RunConfig) -> str:
+    stages = [_estimate(config, stage) for stage in range(config.layout().pipeline)]
+    fullest = max(range(len(stages)), key=lambda stage: stages[stage].total)
+    needed = stages[fullest].total_gib
+    sizes = sorted({device.memory_gib for device in DEVICES.values()})
+    fitting = [f"{size:g}" for size in sizes if needed <= HEADROOM * size]
+    verdict = f"fits devices of {', '.join(fitting)} GiB" if fitting else f"fits no device of {sizes[-1]:g} GiB or less"
+    return f"{needed:,.2f} GiB on the fullest stage ({fullest}); {verdict}, a tenth left free"
+
+
+def _estimate(config: RunConfig, stage: int) -> MemoryEstimate:
+    return estimate_memory(
+        config.model,
+        config.layout(),
+        precision=config.engine.precision,
+        distributed_optimizer=config.engine.distributed_optimizer,
+        recompute=config.engine.recompute,
+        stage=stage,
+    )
 
 
 def _describe(config: RunConfig, rank: int) -> str:
@@ -51,17 +176,12 @@ def _describe(config: RunConfig, rank: int) -> str:
         at = context.at
     planned = shard_parameters(model, layout, rank)
     assert built == planned, f"rank {rank} holds {built} parameters, the planner says {planned}"
-    memory: MemoryEstimate = estimate_memory(
-        model,
-        layout,
-        precision=config.engine.precision,
-        distributed_optimizer=config.engine.distributed_optimizer,
-        recompute=config.engine.recompute,
-        stage=at.pipeline,
-    )
+    memory = _estimate(config, at.pipeline)
     parts = [f"{getattr(memory, part) / 2**30:.2f}" for part in PARTS]
-    return _row(rank, f"{at.pipeline} {at.data} {at.tensor}", layers, f"{built:,}", *parts, f"{memory.total_gib:.2f}")
+    return _row(rank, at.pipeline, at.data, at.tensor, layers, f"{built:,}", *parts, f"{memory.total_gib:.2f}")
 
 
-def _row(rank: object, at: str, layers: str, parameters: str, *numbers: str) -> str:
-    return f"{rank!s:>6}  {at:<17}  {layers:<12}  {parameters:>15}" + "".join(f"  {number:>11}" for number in numbers)
+def _row(rank: object, stage: object, replica: object, tensor: object, layers: str, *numbers: str) -> str:
+    places = f"{rank!s:>6}  {stage!s:>5}  {replica!s:>7}  {tensor!s:>6}  {layers:<14}"
+    parameters, *gib = numbers
+    return f"{places}  {parameters:>15}" + "".join(f"  {number:>11}" for number in gib)

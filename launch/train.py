@@ -1,51 +1,55 @@
 """Train a model: `python -m launch.train experiment=german_demo parallel.tensor=2 parallel.pipeline=2`.
 
 Configuration is composed by Hydra from configs/: `group=option` chooses a file of a group (model=6.7b), `key=value` sets a
-value (optim.lr=2e-4). See docs/configuration.md for every key.
+value (optim.lr=2e-4). Every key with its meaning is in docs/configuration.md.
 
     launcher=local      run the ranks on this machine (default)
     launcher=dry_run    check everything, build the chosen ranks' shards without memory, print the plan, start nothing
-    -m, --multirun      values may be lists (parallel.tensor=1,2): every combination runs, one after the other
-    --cfg               print the composed configuration and stop
-    --config-name NAME  another file of configs/ than train.yaml
+
+Starting the same command again resumes the run in run_dir (runs/<name>). Errors of the configuration exit with status 2 and
+leave nothing behind.
 """
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
+import yaml
+
+from launch.caution import warnings_about
 from launch.check import check_config
-from launch.compose import compose_config, expand_sweep, groups, parse_overrides, sweeps
+from launch.compose import compose_config, groups, options, parse_overrides
+from launch.sweep import plan_sweep, run_sweep
 from steerscale.config import dump_yaml
 from steerscale.errors import ConfigError, SteerscaleError
 from steerscale.rundir import create_run_dir
 from steerscale.train.config import RunConfig
 
+OPTIONS = ("--help", "--multirun", "--cfg", "--config-name")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for a user's error, 1 for a failed run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.epilog = f"config groups: {', '.join(groups())}"
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="group=option or key=value")
-    parser.add_argument("-m", "--multirun", action="store_true", help="run every combination of listed values")
-    parser.add_argument("--cfg", action="store_true", help="print the configuration and stop")
-    parser.add_argument("--config-name", default="train", metavar="NAME", help="primary configuration (default: train)")
-    args = parser.parse_intermixed_args(argv)
     try:
+        args = _parse(argv)
+        name, overrides = args.config_name, args.overrides
         if args.multirun:
-            return _sweep(args.overrides, config_name=args.config_name)
-        listed = [override for override in parse_overrides(args.overrides) if sweeps(override)]
-        if listed:
-            raise ConfigError(f"{listed[0].input_line} lists several values: add -m to run them all")
-        config = check_config(compose_config(args.overrides, config_name=args.config_name))
-        if args.cfg:
-            print(dump_yaml(config), end="")
+            points = plan_sweep(overrides, config_name=name)
+            if not args.cfg:
+                return run_sweep(points, launch)
+            print("---\n".join(f"# {label or config.name}\n{dump_yaml(config)}" for label, config in points), end="")
             return 0
-        return launch(config)
+        listed = [override for override in parse_overrides(overrides) if override.is_sweep_override()]
+        if listed:
+            raise ConfigError(f"{listed[0].input_line} lists several values: add -m to run them all, or choose one")
+        if args.cfg:
+            _show(overrides, config_name=name)
+            return 0
+        return launch(check_config(compose_config(overrides, config_name=name)))
     except SteerscaleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -53,10 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def launch(config: RunConfig) -> int:
     """Start a checked run, or only show it."""
+    for warning in warnings_about(config):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     if config.launcher.name == "dry_run":
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            ""  # shards are built on the meta device, with Megatron-Core redirected to it
-        )
+        # Shards are built on the meta device, with Megatron-Core redirected to it: no GPU may be in sight.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         from launch.dry_run import show_plan
 
         print(show_plan(config))
@@ -69,26 +74,66 @@ def launch(config: RunConfig) -> int:
     return run_local(config)
 
 
-def _sweep(overrides: Sequence[str], *, config_name: str) -> int:
-    """Check all combinations first, then run them one after the other; the worst exit status."""
-    jobs = expand_sweep(overrides)
-    configs = []
-    for job in jobs:
-        try:
-            configs.append(check_config(compose_config(job, config_name=config_name)))
-        except SteerscaleError as error:
-            raise type(error)(f"{' '.join(job)}: {error}") from error
-    directories = [config.run_dir for config in configs]
-    if len(set(directories)) < len(directories):
-        raise ConfigError(
-            "several points of the sweep share a run directory: put the swept keys in its name, e.g. "
-            "name='gpt_tp${parallel.tensor}'"
-        )
-    worst = 0
-    for number, (job, config) in enumerate(zip(jobs, configs), start=1):
-        print(f"\n[{number}/{len(jobs)}] {' '.join(job)}", flush=True)
-        worst = max(worst, launch(config))
-    return worst
+def _show(overrides: Sequence[str], *, config_name: str) -> None:
+    """The configuration as YAML: complete and checked if it can be run, else as far as it goes, with what is missing."""
+    mapping = compose_config(overrides, config_name=config_name, partial=True)
+    missing = _missing(mapping)
+    data = mapping.get("data") or {}
+    if not (data.get("path") or data.get("blend")) and (mapping.get("launcher") or {}).get("name") != "dry_run":
+        missing.append("data.path")
+    if not missing:
+        print(dump_yaml(check_config(mapping)), end="")
+        return
+    print(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True), end="")
+    print(f"note: not checked, since a run needs {', '.join(missing)} as well", file=sys.stderr)
+
+
+def _missing(mapping: dict, at: str = "") -> list[str]:
+    keys = [f"{at}{key}" for key, value in mapping.items() if value == "???"]
+    return keys + [
+        k for key, value in mapping.items() if isinstance(value, dict) for k in _missing(value, f"{at}{key}.")
+    ]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see python -m launch.train --help")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    choices = "\n".join(f"  {group:<12}{', '.join(options(group))}" for group in groups())
+    parser = _Parser(
+        prog="python -m launch.train",
+        description=__doc__,
+        epilog=f"config groups and their options:\n{choices}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="group=option or key=value")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="values may be lists (parallel.tensor=1,2): run every combination"
+    )
+    parser.add_argument("--cfg", action="store_true", help="print the configuration as YAML and stop")
+    parser.add_argument(
+        "--config-name",
+        default="train",
+        metavar="NAME",
+        help="a file of configs/ (default: train), or the path of a whole configuration: runs/gpt/config.yaml",
+    )
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        raise ConfigError(_unknown_option(unknown[0]))
+    return args
+
+
+def _unknown_option(option: str) -> str:
+    bare = option.lstrip("-")
+    if "." in bare or "=" in bare or bare in groups():
+        example = bare if "=" in bare else f"{bare}=VALUE"
+        return f"unknown option {option}: settings are written without dashes and with =, like {example}"
+    close = [name for name in OPTIONS if name.startswith(option)] or difflib.get_close_matches(option, OPTIONS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(OPTIONS)}; settings are written key=value"
+    return f"unknown option {option}: {hint}"
 
 
 if __name__ == "__main__":

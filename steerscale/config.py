@@ -9,6 +9,7 @@ Supported annotations: bool, int, float, str, `Literal[...]`, `X | None`, `list[
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -114,9 +115,14 @@ def _scalar(hint: Any, value: Any, at: str) -> Any:
     # YAML 1.1 reads 1e-4 as a string (no dot), and people write it; bool is an int in Python, and nobody means that.
     if hint is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
         try:
-            return float(value)
+            number = float(value)
         except ValueError:
             pass
+        else:
+            # No setting of ours means anything at infinity, and comparisons with nan would let it through checks.
+            if math.isfinite(number):
+                return number
+            raise ConfigError(f"{at} must be a finite number, got {value!r}")
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):

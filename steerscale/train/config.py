@@ -135,6 +135,12 @@ class RunConfig:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     """Starting ranks."""
 
+    def __post_init__(self) -> None:
+        require(bool(self.name.strip()), "name must not be empty: the run's directory and records are called after it")
+        require(bool(self.run_dir.strip()), "run_dir must not be empty: leave it out for runs/<name>")
+        require(0 <= self.seed < 2**63, f"seed must be in [0, 2^63), got {self.seed}")
+        check_schedule(self.optim, self.train.steps)
+
     def layout(self) -> ParallelLayout:
         """The checked layout. Raises LayoutError if it does not fit itself or the model."""
         layout = ParallelLayout.resolve(self.parallel)
@@ -152,18 +158,58 @@ def batch_size_at(ramp_up: RampUpConfig | None, layout: ParallelLayout, consumed
     return min(ramp_up.start + stage * ramp_up.increment, full)
 
 
+def check_schedule(optim: OptimConfig, steps: int) -> None:
+    """Warm-up and decay must lie within the run. Raises ConfigError otherwise."""
+    warmup, decay = optim.warmup_steps, optim.decay_steps
+    if warmup >= steps:
+        raise ConfigError(
+            f"optim.warmup_steps={warmup} must be below train.steps={steps}: the learning rate would never reach "
+            "optim.lr; use a shorter warm-up (0: none) or more steps"
+        )
+    if optim.schedule == "wsd" and warmup + wsd_decay_steps(optim, steps) > steps:
+        raise ConfigError(
+            f"optim.warmup_steps={warmup} and the decay of optim.decay_steps={wsd_decay_steps(optim, steps)} do not fit "
+            f"into train.steps={steps}: optim.schedule=wsd decays over the last optim.decay_steps (null: a tenth of the run)"
+        )
+    if optim.schedule == "cosine" and decay is not None and decay <= warmup:
+        raise ConfigError(
+            f"optim.decay_steps={decay} must be above optim.warmup_steps={warmup}: with optim.schedule=cosine it is the "
+            "step, counted from the start, at which optim.min_lr is reached"
+        )
+
+
+def wsd_decay_steps(optim: OptimConfig, steps: int) -> int:
+    """Steps of the final decay under wsd, as `optim.learning_rate` counts them."""
+    return optim.decay_steps or max(steps // 10, 1)
+
+
+def total_samples(ramp_up: RampUpConfig | None, layout: ParallelLayout, steps: int) -> int:
+    """Sequences that `steps` optimizer steps from the beginning consume."""
+    consumed = done = 0
+    while ramp_up is not None and consumed < ramp_up.samples and done < steps:
+        consumed += batch_size_at(ramp_up, layout, consumed)
+        done += 1
+    return consumed + (steps - done) * layout.global_batch_size
+
+
 def check_ramp_up(ramp_up: RampUpConfig | None, layout: ParallelLayout) -> None:
     """Every batch size of the ramp must be one the layout can run. Raises LayoutError or ConfigError otherwise."""
     if ramp_up is None:
         return
     full = layout.global_batch_size
     if ramp_up.start >= full:
-        raise ConfigError(f"train.ramp_up.start={ramp_up.start} must be below the global batch size {full}")
+        raise ConfigError(
+            f"train.ramp_up.start={ramp_up.start} must be below the global batch size {full} that it grows to: start "
+            "lower, raise parallel.global_batch_size, or set train.ramp_up=null"
+        )
     for size in range(ramp_up.start, full, ramp_up.increment):
         try:
             layout.with_global_batch(size)
         except LayoutError as error:
-            raise LayoutError(f"train.ramp_up passes a global batch of {size}: {error}") from error
+            raise LayoutError(
+                f"train.ramp_up passes a global batch of {size}, which cannot be run: {error}; change train.ramp_up.start "
+                f"or .increment (now {ramp_up.start}, {ramp_up.increment})"
+            ) from error
 
 
 def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
@@ -171,7 +217,7 @@ def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
     given = config.model.vocab_size
     if given is not None and given < vocab_size:
         raise ConfigError(
-            f"model.vocab_size={given} is smaller than the dataset's vocabulary of {vocab_size} tokens: "
-            "leave model.vocab_size null, or prepare the dataset with the model's tokenizer"
+            f"model.vocab_size={given} is smaller than the dataset's vocabulary of {vocab_size} tokens: leave it null to "
+            "take the dataset's, or prepare the dataset with the model's tokenizer"
         )
     return config if given is not None else replace(config, model=replace(config.model, vocab_size=vocab_size))
