@@ -41,6 +41,7 @@ def write_hf(
     *,
     dtype: torch.dtype = torch.float32,
     tokenizer_directory: Path | None = None,
+    eos_token_id: int | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write whole parameters as a Hugging Face directory, which appears complete or not at all. One process does this.
@@ -52,6 +53,7 @@ def write_hf(
         directory: must not exist.
         dtype: type to write the weights in.
         tokenizer_directory: its tokenizer files (and generation_config.json) are copied.
+        eos_token_id: token at which generation ends; None leaves that to generation_config.json.
         max_file_bytes: begin a new file before one grows past this.
     Raises:
         ConfigError: no architecture expresses the model, or the tokenizer directory holds no tokenizer.
@@ -60,7 +62,7 @@ def write_hf(
     model_type, family = family_of(model)
     recipes = family.recipes(model)
     # Defaults of transformers for special tokens are those of the first models; better none than wrong ones.
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    special = {"bos_token_id": None, "eos_token_id": eos_token_id, "pad_token_id": None}
     config = {"architectures": [family.architecture], "model_type": model_type, **family.write_config(model), **special}
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     tokenizer = _tokenizer_files(tokenizer_directory)
@@ -77,6 +79,7 @@ def export_hf(
     directory: Path,
     *,
     tokenizer_directory: Path | None = None,
+    eos_token_id: int | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write the model that all ranks hold together as a Hugging Face directory; every rank calls this.
@@ -95,6 +98,7 @@ def export_hf(
                 directory,
                 dtype=next(chunks[0].parameters()).dtype,
                 tokenizer_directory=tokenizer_directory,
+                eos_token_id=eos_token_id,
                 max_file_bytes=max_file_bytes,
             )
         except Exception as error:  # noqa: BLE001 - the other ranks wait for rank 0's part in the gathering
