@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from steerscale.data.loader import MicroBatch, MicroBatchLoader
 from steerscale.engines.megatron import MegatronEngine, Totals
 from steerscale.errors import ConfigError
 from steerscale.models.gpt import GPT, transformer_config
+from steerscale.models.hf.load import load_hf
 from steerscale.models.sharding import initialize_parameters, named_shards
 from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.layout import ParallelLayout
@@ -111,13 +113,16 @@ class GPTTask:
 
 
 def build_gpt_task(config: RunConfig, context: ParallelContext, *, peak_tflops: float | None = None) -> GPTTask:
-    """Model chunks of this rank with their initial weights, the engine, and the data."""
+    """Model chunks of this rank with their initial weights (drawn or imported), the engine, and the data."""
     engine_config = config.engine
     transformer = transformer_config(
         config.model, context, precision=engine_config.precision, recompute=engine_config.recompute
     )
     chunks = [GPT(config.model, transformer, context, chunk=i) for i in range(context.layout.virtual_pipeline)]
-    initialize_parameters(chunks, context, seed=config.seed)
+    if config.train.init_from is None:
+        initialize_parameters(chunks, context, seed=config.seed)
+    else:
+        load_hf(Path(config.train.init_from), chunks, context)
     engine = MegatronEngine(
         chunks,
         shards=list(named_shards(chunks)),
