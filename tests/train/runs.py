@@ -1,0 +1,148 @@
+"""Small runs of the real loop: on the pool's ranks, or as processes that can be killed."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from steerscale.checkpoint.config import CheckpointConfig
+from steerscale.checkpoint.fragments import FragmentReader
+from steerscale.checkpoint.store import checkpoints
+from steerscale.data.config import DataConfig
+from steerscale.metrics import read_records
+from steerscale.models.config import ModelConfig
+from steerscale.optim import OptimConfig
+from steerscale.parallel.layout import ParallelConfig
+from steerscale.rundir import create_run_dir
+from steerscale.testing.ranks import PRELOAD, START_METHOD
+from steerscale.train.config import MetricsConfig, RunConfig, TrainConfig
+from steerscale.train.run import run
+from steerscale.train.signals import StopRequest
+from steerscale.train.worker import main
+
+# Dropout, so that its generator has to be resumed as well.
+MODEL = ModelConfig(num_layers=4, d_model=32, num_heads=4, seq_len=32, vocab_size=1000, dropout=0.1)
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def run_config(data: Path, run_dir: Path, *, parallel: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
+    """A run that ends after 12 steps of 8 sequences; `sections` replace those of the configuration."""
+    defaults: dict[str, Any] = {
+        "model": MODEL,
+        "train": TrainConfig(steps=12, eval_interval=5, eval_samples=6),
+        "optim": OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=2),
+        "checkpoint": CheckpointConfig(interval=3, keep=0),
+        "metrics": MetricsConfig(interval=1, warmup_steps=0, tensorboard=False),
+    }
+    batch = {"global_batch_size": 8, "micro_batch_size": 2}
+    return RunConfig(
+        name="test",
+        run_dir=str(run_dir),
+        data=DataConfig(path=str(data)),
+        parallel=ParallelConfig(**{**batch, **(parallel or {})}),
+        **{**defaults, **sections},
+    )
+
+
+def moved(config: RunConfig, run_dir: Path, **changes: Any) -> RunConfig:
+    """The same run in another directory, or with other sections."""
+    return replace(config, run_dir=str(run_dir), **changes)
+
+
+def prepare(config: RunConfig) -> Path:
+    """Write or take up the run directory; returns it."""
+    run_dir = Path(config.run_dir)
+    create_run_dir(run_dir, config, command=["test"])
+    return run_dir
+
+
+def train(run_dir: Path) -> None:
+    """Train to the end on the ranks of the current process group. For `RankPool.run`."""
+    run(run_dir, rank=dist.get_rank(), stop=StopRequest(), threads=1)
+
+
+class Workers:
+    """The ranks of a prepared run as processes of their own that run the worker's `main`.
+
+    They are forked from the pool's server, which has torch loaded: a start costs a moment instead of seconds.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        context = multiprocessing.get_context(START_METHOD)
+        context.set_forkserver_preload(PRELOAD)
+        size = config.layout().world_size
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+        self.processes = [
+            context.Process(
+                target=_work, args=(config.run_dir, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}), daemon=True
+            )
+            for rank in range(size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def send(self, number: int, *, rank: int | None = None) -> None:
+        """Send a signal to one rank or all."""
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
+    def kill(self) -> None:
+        """Kill all ranks at once, without warning."""
+        self.send(signal.SIGKILL)
+        self.join()
+
+    def join(self, timeout_s: float = 120.0) -> list[int | None]:
+        """Exit statuses in rank order, once all have ended."""
+        for process in self.processes:
+            process.join(timeout_s)
+        alive = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        if alive:
+            self.send(signal.SIGKILL)
+        assert not alive, f"ranks {alive} still ran after {timeout_s} s"
+        return [process.exitcode for process in self.processes]
+
+
+def _work(run_dir: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    sys.exit(main([run_dir]))
+
+
+def curve(run_dir: Path) -> list[dict[str, Any]]:
+    """All records of steps and evaluations in order, without times and what depends on the layout."""
+    keys = ("kind", "step", "loss", "grad_norm", "lr", "consumed_samples", "consumed_hash", "global_batch_size", "tokens")
+    records = [record for record in read_records(run_dir) if record["kind"] != "start"]
+    return [{key: record[key] for key in keys if key in record} for record in records]
+
+
+def newest(run_dir: Path) -> Path:
+    """The newest checkpoint directory."""
+    return checkpoints(run_dir / "checkpoints")[-1]
+
+
+def whole_tensors(checkpoint: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Every whole tensor of a checkpoint by kind and name, put together from all ranks' fragments."""
+    reader = FragmentReader(checkpoint)
+    return {
+        (kind, name): reader.read(kind, name, offset=[0] * len(shape), shape=shape).reshape(shape)
+        for name, shape in reader.shapes.items()
+        for kind in KINDS
+    }
+
+
+def assert_same_tensors(got: Path, expected: Path) -> None:
+    """Both checkpoints hold the same tensors, bit by bit."""
+    first, second = whole_tensors(got), whole_tensors(expected)
+    assert first.keys() == second.keys()
+    differing = [key for key, tensor in first.items() if not torch.equal(tensor, second[key])]
+    assert not differing, f"{got} and {expected} differ in {differing}"
