@@ -189,7 +189,9 @@ def _checked(override: Override, *, whole_file: bool) -> str:
 
 def _check_option(text: str, group: str, value: Any) -> None:
     known = options(group)
-    if value is not None and value not in known:
+    if value is None:
+        raise ConfigError(f"{text}: choose one of {_listed(known)}, or leave {group} out for the default")
+    if value not in known:
         close = difflib.get_close_matches(str(value), known, n=1)
         hint = f"; did you mean {group}={close[0]}?" if close else ""
         raise ConfigError(f"{text}: there is no configs/{group}/{value}.yaml, only {_listed(known)}{hint}")
