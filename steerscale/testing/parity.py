@@ -37,10 +37,12 @@ class Tolerance:
     parameters: float
 
 
-FP32 = Tolerance(loss=1e-6, grad_norm=1e-5, parameters=5e-4)
-"""Every layout in float32 against one process, over 20 steps; observed: 7e-8, 1.5e-6, 1.1e-4. Never relaxed for a test."""
-BF16 = Tolerance(loss=2e-3, grad_norm=3e-2, parameters=0.5)
-"""bfloat16 (3 significant digits) on any layout against bfloat16 or float32 in one process."""
+FP32 = Tolerance(loss=5e-7, grad_norm=3e-6, parameters=2e-4)
+"""Every layout in float32 against one process, over 20 steps. Observed at most 1.1e-7, 7e-7 and 6e-5; one matrix on one rank
+with gradients 1% too large gives 5.7e-5 in the gradient norm. Never relaxed to let a test pass."""
+BF16 = Tolerance(loss=1e-3, grad_norm=1e-2, parameters=0.5)
+"""bfloat16 on any layout, against bfloat16 or float32 in one process. Observed 1.5e-4, 2.1e-3 and 0.23: norm weights near 1,
+whose neighbours are 0.004 and 0.008 away, while all 20 steps reach 0.035."""
 
 
 @dataclass(frozen=True, kw_only=True)

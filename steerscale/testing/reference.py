@@ -86,7 +86,10 @@ class ReferenceGPT(nn.Module):
         if model.position == "learned":
             self.embedding["position_embeddings"] = nn.Embedding(model.seq_len, model.d_model)
         self.decoder = nn.ModuleDict(
-            {"layers": nn.ModuleList(Layer(model) for _ in range(model.num_layers)), "final_layernorm": make_norm(model)}
+            {
+                "layers": nn.ModuleList(Layer(model) for _ in range(model.num_layers)),
+                "final_layernorm": make_norm(model),
+            }
         )
         if not model.tie_embeddings:
             self.output_layer = nn.Linear(model.d_model, model.padded_vocab, bias=False)

@@ -25,7 +25,7 @@ LAYOUTS = {
 def test_one_process_learns(alone: Run, model: str) -> None:
     curve: Curve = alone(model)
     # Agreement of runs that do nothing would prove nothing: this one learns, and some of its gradients are clipped.
-    assert curve.losses[-1] < curve.losses[0] - 0.7
+    assert curve.losses[-1] < curve.losses[0] - 0.5
     assert min(curve.grad_norms) < OPTIM.clip < max(curve.grad_norms)
 
 
