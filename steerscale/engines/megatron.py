@@ -131,6 +131,8 @@ class MegatronEngine:
         _prepare_torch_adam(self.optimizer)
         self._connect(overlap)
         self._schedule: Callable[..., list[torch.Tensor]] = get_forward_backward_func()
+        # Sequence parallelism draws from Megatron-Core's generators even where nothing is dropped: they have to exist.
+        self.seed_dropout(0)
 
     def _connect(self, overlap: bool) -> None:
         """Hooks by which Megatron-Core's schedules reach gradient reduction and loss scaling."""
