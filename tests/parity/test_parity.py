@@ -67,7 +67,7 @@ def keep_gradients(task: GPTTask) -> None:
     [
         (forget_sequence_parallel_norms, {"tensor": 2, "sequence": True}, "different values of .*layernorm.weight"),
         (bend_one_gradient, {"tensor": 2}, "^grad_norm: "),
-        (keep_gradients, {"data": 2}, "^grad_norm: "),
+        (keep_gradients, {"data": 2}, "^loss: "),
     ],
     ids=["norms", "one matrix", "replicas"],
 )
