@@ -53,7 +53,7 @@ def _data(config: RunConfig) -> list[str]:
 
 def _memory(config: RunConfig) -> list[str]:
     """Without GPUs all ranks share this machine's memory."""
-    if any(Path("/dev").glob("nvidia[0-9]*")):
+    if has_gpu():
         return []
     layout = config.layout()
     stages = [
@@ -75,3 +75,8 @@ def _memory(config: RunConfig) -> list[str]:
         f"the {layout.world_size} ranks need about {needed:,.1f} GiB together, this machine has {there:,.1f} GiB and no GPU: "
         "see launcher=dry_run for the parts"
     ]
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA device, told without importing torch."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))

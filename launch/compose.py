@@ -104,9 +104,10 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
         try:
             parsed.append(OverridesParser.create().parse_override(text))
         except HydraException as error:
+            mapping = "; keys inside {} stand without quotes" if "{'" in text or '{"' in text else ""
             raise ConfigError(
                 f"{text!r} cannot be read as key=value: close what is opened, and put a value with blanks or any of "
-                "~ , = : { } [ ] ( ) in quotes that the shell passes on, like \"name='a (b)'\""
+                f"~ , = : {{ }} [ ] ( ) in quotes that the shell passes on, like \"name='a (b)'\"{mapping}"
             ) from error
     return parsed
 

@@ -18,22 +18,25 @@ from steerscale.planning.memory import MemoryEstimate, estimate_memory, shard_pa
 from steerscale.train.config import RunConfig, total_samples, wsd_decay_steps
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
+UNITS = {"MiB": 2**20, "GiB": 2**30}
 HEADROOM = 0.9
 """Share of a device's memory that an estimate may fill; the rest is for what it leaves out."""
 
 
 def show_plan(config: RunConfig) -> str:
     """The plan as text: what the whole model costs and what the chosen ranks hold."""
+    unit = _unit(config)
     lines = [
         f"plan of {config.name!r}; nothing is started or written",
         "",
         *(f"{title:<12}{text}" for title, text in plan_lines(config)),
         "",
         _row("rank", "stage", "replica", "tensor", "layers", "parameters", *PARTS, "total"),
-        *(_describe(config, rank) for rank in config.launcher.ranks),
+        *(_describe(config, rank, unit) for rank in config.launcher.ranks),
         "",
-        "Shards were built without memory and hold exactly these parameters. Weights to total: estimated GiB at the fullest",
-        "moment, without the allocator's fragmentation, kernels' workspaces and communication buffers.",
+        "The shards were built, without memory, and hold exactly these parameters. Weights to total: estimated "
+        f"{unit} at the",
+        "fullest moment, without the allocator's fragmentation, kernels' workspaces and communication buffers.",
     ]
     return "\n".join(lines)
 
@@ -60,13 +63,13 @@ def plan_lines(config: RunConfig) -> list[tuple[str, str]]:
         ),
         (
             "copies",
-            f"{held:,} parameters in each replica of {layout.tensor * layout.pipeline} ranks (norms and a tied embedding are "
-            f"held more than once), {held * layout.data:,} over all ranks",
+            f"{_count(held, 'parameter')} in each replica of {_count(layout.tensor * layout.pipeline, 'rank')}, "
+            f"{_repeated(held, total)}; {held * layout.data:,} over all ranks",
         ),
         (
             "batch",
-            f"{layout.micro_batch_size} a micro-batch x {layout.gradient_accumulation_steps} accumulated x {layout.data} "
-            f"replicas = {layout.global_batch_size:,} sequences of {model.seq_len:,} = "
+            f"{layout.micro_batch_size} a micro-batch x {layout.gradient_accumulation_steps} accumulated x "
+            f"{_count(layout.data, 'replica')} = {_count(layout.global_batch_size, 'sequence')} of {model.seq_len:,} = "
             f"{layout.global_batch_size * model.seq_len:,} tokens a step{_ramp(config)}",
         ),
         (
@@ -87,6 +90,16 @@ def replica_parameters(config: RunConfig) -> int:
     # All tensor ranks of a stage hold equally many.
     first = (layout.tensor * layout.data * stage for stage in range(layout.pipeline))
     return layout.tensor * sum(shard_parameters(config.model, layout, rank) for rank in first)
+
+
+def _repeated(held: int, total: int) -> str:
+    if held == total:
+        return "each held once"
+    return f"{held - total:,} of them copies (norms, positions, the last stage's tied embedding)"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _ramp(config: RunConfig) -> str:
@@ -141,13 +154,23 @@ def _pipeline(layout: ParallelLayout) -> str:
 
 
 def _memory(config: RunConfig) -> str:
-    stages = [_estimate(config, stage) for stage in range(config.layout().pipeline)]
-    fullest = max(range(len(stages)), key=lambda stage: stages[stage].total)
-    needed = stages[fullest].total_gib
+    stage, estimate = _fullest(config)
     sizes = sorted({device.memory_gib for device in DEVICES.values()})
-    fitting = [f"{size:g}" for size in sizes if needed <= HEADROOM * size]
-    verdict = f"fits devices of {', '.join(fitting)} GiB" if fitting else f"fits no device of {sizes[-1]:g} GiB or less"
-    return f"{needed:,.2f} GiB on the fullest stage ({fullest}); {verdict}, a tenth left free"
+    fitting = [f"{size:g}" for size in sizes if estimate.total_gib <= HEADROOM * size]
+    verdict = (
+        f"fits devices of {', '.join(fitting)} GiB" if fitting else f"too much for any device up to {sizes[-1]:g} GiB"
+    )
+    unit = _unit(config)
+    return f"{estimate.total / UNITS[unit]:,.2f} {unit} a rank on the fullest stage ({stage}); {verdict}, a tenth left free"
+
+
+def _unit(config: RunConfig) -> str:
+    return "GiB" if _fullest(config)[1].total >= UNITS["GiB"] else "MiB"
+
+
+def _fullest(config: RunConfig) -> tuple[int, MemoryEstimate]:
+    stages = [_estimate(config, stage) for stage in range(config.layout().pipeline)]
+    return max(enumerate(stages), key=lambda item: item[1].total)
 
 
 def _estimate(config: RunConfig, stage: int) -> MemoryEstimate:
@@ -161,7 +184,7 @@ def _estimate(config: RunConfig, stage: int) -> MemoryEstimate:
     )
 
 
-def _describe(config: RunConfig, rank: int) -> str:
+def _describe(config: RunConfig, rank: int, unit: str) -> str:
     """Build this rank's chunks for real, without memory, and hold them against the planner."""
     layout, model = config.layout(), config.model
     with initialize(layout, backend="fake", rank=rank, device="meta") as context:
@@ -177,8 +200,8 @@ def _describe(config: RunConfig, rank: int) -> str:
     planned = shard_parameters(model, layout, rank)
     assert built == planned, f"rank {rank} holds {built} parameters, the planner says {planned}"
     memory = _estimate(config, at.pipeline)
-    parts = [f"{getattr(memory, part) / 2**30:.2f}" for part in PARTS]
-    return _row(rank, at.pipeline, at.data, at.tensor, layers, f"{built:,}", *parts, f"{memory.total_gib:.2f}")
+    parts = [f"{getattr(memory, part) / UNITS[unit]:,.2f}" for part in (*PARTS, "total")]
+    return _row(rank, at.pipeline, at.data, at.tensor, layers, f"{built:,}", *parts)
 
 
 def _row(rank: object, stage: object, replica: object, tensor: object, layers: str, *numbers: str) -> str:

@@ -45,6 +45,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "no value": (f"{RUN} model", ("'model' is no override", "key=value")),
     "unclosed list": (f"{RUN} launcher.ranks=[1", ("'launcher.ranks=[1' cannot be read", "close what is opened")),
     "parentheses": (f"{RUN} name='a (b)'", ("'name=a (b)' cannot be read", "quotes")),
+    "quoted key": (
+        "train.steps=1 \"data.blend={{{{'/a b':1}}}}\"",
+        ("cannot be read", "keys inside {{}} stand without quotes"),
+    ),
     "option typo": (f"{RUN} --cgf", ("unknown option --cgf", "did you mean --cfg?")),
     "option cut short": (f"{RUN} --config", ("unknown option --config", "did you mean --config-name?")),
     "key as option": (f"{RUN} --parallel.tensor=2", ("--parallel.tensor=2", "like parallel.tensor=2")),
@@ -195,7 +199,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "data.blend={{'{good}':1,'{other}':1}} train.steps=10",
         ("data.blend mixes tokenizers", "hash 000000000000", "same tokenizer directory"),
     ),
-    "too short": (f"{RUN} model.seq_len=1000000", ("split 'train'", "fewer than one sequence", "model.seq_len=1000000")),
+    "too short": (
+        f"{RUN} model.seq_len=1000000",
+        ("split 'train'", "fewer than one sequence", "model.seq_len=1000000"),
+    ),
     "held-out too short": (
         f"{RUN} model.seq_len={{held_out}} train.eval_interval=0",
         ("split 'valid'", "fewer than one sequence", "model.seq_len="),
@@ -221,7 +228,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         f"-m {RUN} parallel.tensor=1,2",
         ("several points of the sweep share run_dir=", "runs/gpt", "name='gpt_tensor${{parallel.tensor}}'"),
     ),
-    "sweep of models into one": (f"-m {RUN} model=demo,125m model.seq_len=128", ("share run_dir=", "${{model.d_model}}")),
+    "sweep of models into one": (
+        f"-m {RUN} model=demo,125m model.seq_len=128",
+        ("share run_dir=", "${{model.d_model}}"),
+    ),
     "sweep with a bad point": (
         f"-m {RUN} parallel.tensor=1,3 name='x${{{{parallel.tensor}}}}'",
         ("parallel.tensor=3: parallel.tensor must divide model.num_heads",),
@@ -313,4 +323,3 @@ def test_refuses_bad_config_files(
     text = refusal(f"data.path={datasets['good']}", "train.steps=10", *overrides)
     for part in parts:
         assert part in text
-
