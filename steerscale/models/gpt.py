@@ -49,13 +49,15 @@ class GPT(LanguageModule):
         layers_per_chunk = model.num_layers // (layout.pipeline * layout.virtual_pipeline)
         self.first_layer = (chunk * layout.pipeline + context.at.pipeline) * layers_per_chunk
         if self.pre_process:
-            self.embedding = LanguageModelEmbedding(
-                config=config,
-                vocab_size=model.padded_vocab,
-                max_sequence_length=model.seq_len,
-                position_embedding_type="learned_absolute" if model.position == "learned" else "rope",
-                tp_group=self.pg_collection.tp,
-            )
+            # Megatron-Core names no device for learned positions: without this they would stay on the CPU.
+            with context.device:
+                self.embedding = LanguageModelEmbedding(
+                    config=config,
+                    vocab_size=model.padded_vocab,
+                    max_sequence_length=model.seq_len,
+                    position_embedding_type="learned_absolute" if model.position == "learned" else "rope",
+                    tp_group=self.pg_collection.tp,
+                )
         self.decoder = TransformerBlock(
             config=config,
             spec=block_spec(config, layers_per_chunk),
