@@ -1,10 +1,8 @@
 """Checkpoint directories: whole or not there, and a damaged one is told from a whole one."""
 
 import json
-import os
 import re
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import pytest
 from steerscale.checkpoint.store import checkpoints, find_damage
 from steerscale.testing.ranks import RankPool
 from tests.checkpoint.stores import latest, resume_and_save, save, save_while_training, save_with_broken_rank
+from tests.disks import small_disk
 
 RANK_FILE = "rank_00001.safetensors"
 
@@ -208,34 +207,19 @@ def test_trouble_after_publishing_is_no_failure(pool: RankPool, saved: Path) -> 
     assert found == "step_00000003"
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    directory = tmp_path / "small_disk"
-    directory.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield directory
-    subprocess.run(["umount", "--lazy", str(directory)], check=True)
-
-
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
 def test_full_disk_fails_the_save_and_leaves_older_checkpoints(
-    pool: RankPool, small_disk: Path, asynchronous: bool
+    pool: RankPool, tmp_path: Path, asynchronous: bool
 ) -> None:
     settings = {"asynchronous": asynchronous, "keep": 1}
     elements = 80_000  # of 4 bytes on 2 ranks: one checkpoint fits, a second one beside it does not
-    for written, _ in pool.run(save, small_disk, [1], settings, elements, ranks=2):
-        assert written == [True]
-    first, other = pool.run(save, small_disk, [2, 3], settings, elements, ranks=2)
-    assert first[0] == other[0] == [False, False]
-    assert first[1].count("No space left on device") == 2
-    assert "the checkpoint of step 2 was not written: rank" in first[1]
-    assert "older ones are untouched: step_00000001" in first[1]
-    assert names(small_disk) == ["latest", "step_00000001"]
-    assert find_damage(small_disk / "step_00000001") is None
+    with small_disk(tmp_path / "disk", kib=1024) as disk:
+        for written, _ in pool.run(save, disk, [1], settings, elements, ranks=2):
+            assert written == [True]
+        first, other = pool.run(save, disk, [2, 3], settings, elements, ranks=2)
+        assert first[0] == other[0] == [False, False]
+        assert first[1].count("No space left on device") == 2
+        assert "the checkpoint of step 2 was not written: rank" in first[1]
+        assert "older ones are untouched: step_00000001" in first[1]
+        assert names(disk) == ["latest", "step_00000001"]
+        assert find_damage(disk / "step_00000001") is None
