@@ -120,7 +120,17 @@ def _work(run_dir: str, environment: dict[str, str]) -> None:
 
 def curve(run_dir: Path) -> list[dict[str, Any]]:
     """All records of steps and evaluations in order, without times and what depends on the layout."""
-    keys = ("kind", "step", "loss", "grad_norm", "lr", "consumed_samples", "consumed_hash", "global_batch_size", "tokens")
+    keys = (
+        "kind",
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "consumed_samples",
+        "consumed_hash",
+        "global_batch_size",
+        "tokens",
+    )
     records = [record for record in read_records(run_dir) if record["kind"] != "start"]
     return [{key: record[key] for key in keys if key in record} for record in records]
 
