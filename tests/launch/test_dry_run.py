@@ -101,7 +101,9 @@ def test_175b_on_1024_ranks() -> None:
     assert row(plan, 517)[:6] == ["517", "8", "0", "5", "48-53", f"{6 * (12 * h**2 + 7 * h) // 8 + 6 * 6 * h:,}"]
     assert "bubble 1500.0%" in plan
     assert "accumulate more micro-batches" in plan
-    assert "too much for any device" in plan
+    assert "fits devices of" in plan
+    few = config_of("model=175b", *layout(8, 1, 1), "engine.precision=bf16")
+    assert "too much for any device up to 141 GiB" in dict(plan_lines(few))["memory"]
 
 
 def test_a_dataset_gives_vocabulary_and_epochs(
