@@ -84,22 +84,18 @@ class Encoder:
     def __call__(self, block: Block) -> EncodedBlock:
         """Parse, tokenize and split one block. Raises DataError as `parse` does."""
         records, texts = parse(block, self._encoding.reading)
-        tokens, lengths = np.empty(0, np.int32), np.empty(0, np.int64)
-        if texts:
-            tokens, lengths = self._tokenizer.encode_documents(texts)
-        tokens = tokens.astype(self._dtype)
-        text_bytes = np.fromiter(map(len, map(str.encode, texts)), dtype=np.int64, count=len(texts))
+        documents = self._tokenizer.encode_documents(texts)
         assigned = assign_splits(
             np.array(records, dtype=np.int64), source=block.source, seed=self._encoding.seed, shares=self._shares
         )
-        assigned_tokens = np.repeat(assigned.astype(np.int8), lengths)
         splits = {}
         for number, name in enumerate(self._encoding.fractions):
-            mine = assigned == number
+            mine = np.flatnonzero(assigned == number).tolist()
+            tokens = [np.empty(0, np.int32), *(documents[index] for index in mine)]
             splits[name] = EncodedSplit(
-                tokens=tokens[assigned_tokens == number].tobytes(),
-                lengths=lengths[mine].astype(np.int32),
-                text_bytes=int(text_bytes[mine].sum()),
+                tokens=np.concatenate(tokens, dtype=self._dtype, casting="unsafe").tobytes(),
+                lengths=np.fromiter((len(documents[index]) for index in mine), dtype=np.int32, count=len(mine)),
+                text_bytes=len("".join([texts[index] for index in mine]).encode()),
             )
         return EncodedBlock(block.source, block.stored_bytes, splits)
 

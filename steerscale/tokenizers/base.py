@@ -42,8 +42,8 @@ class Tokenizer(ABC):
         """Text of `ids`; control tokens give nothing, an incomplete UTF-8 sequence gives U+FFFD."""
 
     @abstractmethod
-    def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of many documents at once, eos after each: (ids int32 [sum of lengths], lengths int64 [len(texts)])."""
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of many documents at once, each with an eos at its end: int32 [tokens of the document]."""
 
     @abstractmethod
     def piece(self, token: int) -> str:

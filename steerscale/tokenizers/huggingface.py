@@ -58,12 +58,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(map(int, ids)), skip_special_tokens=True)
 
-    def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        documents = [
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        return [
             np.array([*encoding.ids, self.eos_id], dtype=np.int32)
             for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)
         ]
-        return np.concatenate(documents), np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
 
     def piece(self, token: int) -> str:
         piece = self._backend.id_to_token(token)

@@ -69,10 +69,10 @@ def test_special_text_is_one_token(tokenizer):
 def test_documents_agree_with_single_texts(tokenizer):
     generator = random.Random(3)
     texts = [random_text(generator) for _ in range(50)]
-    ids, lengths = tokenizer.encode_documents(texts)
-    assert ids.dtype == np.int32
-    assert ids.tolist() == [token for text in texts for token in (*tokenizer.encode(text), tokenizer.eos_id)]
-    assert lengths.tolist() == [len(tokenizer.encode(text)) + 1 for text in texts]
+    documents = tokenizer.encode_documents(texts)
+    assert all(document.dtype == np.int32 for document in documents)
+    assert [document.tolist() for document in documents] == [[*tokenizer.encode(t), tokenizer.eos_id] for t in texts]
+    assert tokenizer.encode_documents([]) == []
 
 
 def test_saved_tokenizer_loads_the_same(tokenizer, tmp_path):
