@@ -135,10 +135,13 @@ class MegatronEngine:
         self.seed_dropout(0)
 
     def _connect(self, overlap: bool) -> None:
-        """Hooks by which Megatron-Core's schedules reach gradient reduction and loss scaling."""
+        """Hooks by which Megatron-Core's schedules reach gradient reduction.
+
+        None for loss scaling, which neither fp32 nor bf16 needs; from the configuration to the optimizer it would close a
+        circle that the garbage collector cannot see through, and the process groups of every engine would outlive it.
+        """
         hooks: Any = self.config  # Megatron-Core's annotations forget that some of these may be lists
         hooks.finalize_model_grads_func = finalize_model_grads
-        hooks.grad_scale_func = self.optimizer.scale_loss
         if overlap:
             # With gradient reduction overlapped, only the last micro-batch of a step may trigger it.
             no_sync = [chunk.no_sync for chunk in self.chunks]

@@ -4,6 +4,7 @@ Processes come from a `forkserver` with torch preloaded (`spawn` costs over 10 s
 Each call gets a fresh process group over the first `ranks` processes.
 """
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -82,6 +83,7 @@ def _serve(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is loaded by now stays: collections after calls need not look at it
     while True:
         try:
             function, args, rank, size, store = connection.recv()
@@ -99,6 +101,11 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], rank: int, size: 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     try:
-        return function(*args)
+        answer = function(*args)
+        # Without it a rank could leave before another one has connected to it.
+        dist.barrier()
+        return answer
     finally:
         dist.destroy_process_group()
+        # Models and optimizers go around in circles, and hold process groups: some fifty threads each time.
+        gc.collect()
