@@ -239,6 +239,14 @@ class MegatronEngine:
         at = self.context.at
         tensor_parallel.model_parallel_cuda_manual_seed(seed + 7919 * at.data + 104729 * at.pipeline)
 
+    def close(self) -> None:
+        """Let go of the model: Megatron-Core's gradient hooks form a cycle through C++ that Python cannot collect.
+
+        Without this every engine of a process would keep its parameters, and its process groups their threads.
+        """
+        for chunk in self.chunks:
+            chunk.grad_accs.clear()
+
     def fragments(self) -> list[Fragment]:
         """This rank's part of the state, for a checkpoint."""
         return state_fragments(self.shards, self.optimizer, self.context, distributed=self._distributed)

@@ -92,7 +92,8 @@ class GPTTask:
         self._consumed.value = consumed_hash if first else 0
 
     def close(self) -> None:
-        """Stop the prefetching threads."""
+        """Stop the prefetching threads and let go of the model."""
+        self.engine.close()
         self._train.close()
         if self._valid is not None:
             self._valid.close()
