@@ -5,7 +5,8 @@ import os
 import signal
 import socket
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from steerscale.checkpoint.config import CheckpointConfig
 from steerscale.checkpoint.fragments import FragmentReader
 from steerscale.checkpoint.store import checkpoints
 from steerscale.data.config import DataConfig
+from steerscale.engines.megatron import MegatronEngine
 from steerscale.metrics import read_records
 from steerscale.models.config import ModelConfig
 from steerscale.optim import OptimConfig
@@ -23,6 +25,7 @@ from steerscale.parallel.layout import ParallelConfig
 from steerscale.rundir import create_run_dir
 from steerscale.testing.ranks import PRELOAD, START_METHOD
 from steerscale.train.config import MetricsConfig, RunConfig, TrainConfig
+from steerscale.train.loop import Loop
 from steerscale.train.run import run
 from steerscale.train.signals import StopRequest
 from steerscale.train.worker import main
@@ -74,7 +77,8 @@ class Workers:
     They are forked from the pool's server, which has torch loaded: a start costs a moment instead of seconds.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, setup: Callable[[int], object] | None = None) -> None:
+        """`setup(rank)` is called in each process before the worker begins: to have something happen at some moment."""
         context = multiprocessing.get_context(START_METHOD)
         context.set_forkserver_preload(PRELOAD)
         size = config.layout().world_size
@@ -84,7 +88,9 @@ class Workers:
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
         self.processes = [
             context.Process(
-                target=_work, args=(config.run_dir, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}), daemon=True
+                target=_work,
+                args=(config.run_dir, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, setup),
+                daemon=True,
             )
             for rank in range(size)
         ]
@@ -113,9 +119,49 @@ class Workers:
         return [process.exitcode for process in self.processes]
 
 
-def _work(run_dir: str, environment: dict[str, str]) -> None:
+def _work(run_dir: str, environment: dict[str, str], setup: Callable[[int], object] | None) -> None:
     os.environ.update(environment)
+    if setup is not None:
+        setup(int(environment["RANK"]))
     sys.exit(main([run_dir]))
+
+
+@dataclass(frozen=True)
+class AtStep:
+    """A `setup`: some ranks do something in the middle of a step."""
+
+    step: int
+    ranks: tuple[int, ...]
+    action: Callable[[Loop], object]
+
+    def __call__(self, rank: int) -> None:
+        """Called in the process of `rank`."""
+        before = MegatronEngine.seed_dropout
+        loops: list[Loop] = []
+        step = Loop._step
+
+        def remember(loop: Loop) -> None:
+            loops[:] = [loop]
+            step(loop)
+
+        def act(engine: MegatronEngine, seed: int) -> None:
+            if loops and loops[0].progress.step + 1 == self.step and rank in self.ranks:
+                self.action(loops[0])
+            before(engine, seed)
+
+        Loop._step = remember
+        MegatronEngine.seed_dropout = act
+
+
+@dataclass(frozen=True)
+class Send:
+    """Something that can happen: this process gets a signal."""
+
+    number: int
+
+    def __call__(self, *about: object) -> None:
+        """Send it."""
+        os.kill(os.getpid(), self.number)
 
 
 def curve(run_dir: Path) -> list[dict[str, Any]]:
