@@ -7,6 +7,7 @@ the page is written by hand and kept.
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 import sys
@@ -143,10 +144,15 @@ def _chosen(key: str) -> Any:
     text = yaml.safe_load((CONFIGS / "train.yaml").read_text(encoding="utf-8"))
     if key in text:
         return text[key]
-    value: Any = compose_config([], partial=True)
+    value: Any = _composed()
     for part in key.split("."):
         value = (value or {}).get(part)
     return None if value == "???" else value
+
+
+@functools.cache
+def _composed() -> dict[str, Any]:
+    return compose_config([], partial=True)
 
 
 def _escape(text: str) -> str:
