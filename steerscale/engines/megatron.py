@@ -127,6 +127,7 @@ class MegatronEngine:
                 overlap_param_gather=overlap and engine.distributed_optimizer,
             ),
             self.chunks,
+            use_gloo_process_groups=False,
         )
         _prepare_torch_adam(self.optimizer)
         self._connect(overlap)
