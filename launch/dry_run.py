@@ -8,7 +8,7 @@ from pathlib import Path
 from launch.check import data_is_there
 from steerscale.data.dataset import inspect_data
 from steerscale.data.order import ShuffledWindows
-from steerscale.models.gpt import GPT, transformer_config
+from steerscale.models.gpt import build_chunks, transformer_config
 from steerscale.optim import learning_rate
 from steerscale.parallel.context import initialize
 from steerscale.parallel.layout import ParallelLayout
@@ -191,7 +191,7 @@ def _describe(config: RunConfig, rank: int, unit: str) -> str:
         transformer = transformer_config(
             model, context, precision=config.engine.precision, recompute=config.engine.recompute
         )
-        chunks = [GPT(model, transformer, context, chunk=index) for index in range(layout.virtual_pipeline)]
+        chunks = build_chunks(model, transformer, context)
         built = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
         layers = ",".join(
             f"{chunk.first_layer}-{chunk.first_layer + len(chunk.decoder.layers) - 1}" for chunk in chunks

@@ -7,7 +7,7 @@ from steerscale.checkpoint.store import PREFIX, find_damage, load_state, step_of
 from steerscale.config import from_mapping
 from steerscale.engines.state import load_weights
 from steerscale.errors import CheckpointError, ConfigError
-from steerscale.models.gpt import GPT, transformer_config
+from steerscale.models.gpt import GPT, build_chunks, transformer_config
 from steerscale.models.sharding import named_shards
 from steerscale.parallel.context import ParallelContext
 from steerscale.rundir import read_config
@@ -49,7 +49,7 @@ def load_gpt(run_dir: Path, context: ParallelContext, *, checkpoint: Path | None
     context.layout.check_model(config.model)
     checkpoint = checkpoint or newest_checkpoint(run_dir)
     transformer = transformer_config(config.model, context, precision=config.engine.precision)
-    chunks = [GPT(config.model, transformer, context, chunk=i) for i in range(context.layout.virtual_pipeline)]
+    chunks = build_chunks(config.model, transformer, context)
     _, reader = load_state(checkpoint)
     load_weights(list(named_shards(chunks)), context, reader)
     for chunk in chunks:

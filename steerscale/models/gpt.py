@@ -140,6 +140,11 @@ class GPT(LanguageModule):
             logits_SBV_local[..., columns - min(padding, columns) :] = float("-inf")
 
 
+def build_chunks(model: ModelConfig, config: TransformerConfig, context: ParallelContext) -> list[GPT]:
+    """All chunks of this rank's stage, on its device, with weights still to be filled."""
+    return [GPT(model, config, context, chunk=index) for index in range(context.layout.virtual_pipeline)]
+
+
 def _mark_tensor_parallel(module: torch.nn.Module) -> None:
     """Record on each weight how it is cut: the gradient norm, checkpoints and `sharding` read it.
 

@@ -12,7 +12,7 @@ from steerscale.data.dataset import SampleStream
 from steerscale.data.loader import MicroBatch, MicroBatchLoader
 from steerscale.engines.megatron import MegatronEngine, Totals
 from steerscale.errors import ConfigError
-from steerscale.models.gpt import GPT, transformer_config
+from steerscale.models.gpt import build_chunks, transformer_config
 from steerscale.models.hf.load import load_hf
 from steerscale.models.sharding import initialize_parameters, named_shards
 from steerscale.parallel.context import ParallelContext
@@ -119,7 +119,7 @@ def build_gpt_task(config: RunConfig, context: ParallelContext, *, peak_tflops: 
     transformer = transformer_config(
         config.model, context, precision=engine_config.precision, recompute=engine_config.recompute
     )
-    chunks = [GPT(config.model, transformer, context, chunk=i) for i in range(context.layout.virtual_pipeline)]
+    chunks = build_chunks(config.model, transformer, context)
     if config.train.init_from is None:
         initialize_parameters(chunks, context, seed=config.seed)
     else:
