@@ -8,14 +8,16 @@
   `SentencePieceProcessor.encode` (a) in forked processes that each take a part, (b) in one process with `num_threads`;
   nothing is written, the ids are thrown away.
 
-Runs alternate; figures are medians. The last line is one JSON object; `ratio` is ours / reference in tokens per second,
-`cpu_ratio` in tokens per CPU second, which a busy machine disturbs less.
+Runs alternate; figures are medians. On a shared machine, --max-others discards the rounds in which others computed. The
+last line is one JSON object; `ratio` is ours / reference in tokens per second, `cpu_ratio` in tokens per CPU second, which
+a busy machine disturbs less.
 """
 
 import argparse
 import json
 import lzma
 import multiprocessing
+import os
 import resource
 import shutil
 import statistics
@@ -24,11 +26,24 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT.parent / "shared" / "data" / "corpora" / "de.txt.xz"
 REPEATS_OF_SAMPLE = 8
 BATCH = 10_000
+PAUSE_SECONDS = 5
+
+
+class Run(NamedTuple):
+    """One measured run."""
+
+    wall: float
+    """Seconds."""
+    cpu: float
+    """CPU seconds of all its processes together."""
+    others: float
+    """Cores that other programs used meanwhile."""
 
 
 def main() -> None:
@@ -43,20 +58,31 @@ def main() -> None:
         tokenizer = directory / "tokenizer"
         _run("steerscale", "tokenizer", "train", text, "-o", tokenizer, "--type", args.type,
              "--vocab-size", args.vocab_size, "--input-sentence-size", 50000)  # fmt: skip
-        seconds: dict[str, list[tuple[float, float]]] = {"ours": [], "processes": [], "threads": []}
-        for repeat in range(args.repeats + 1):
-            for name in seconds:
-                elapsed = _measure(name, directory, text, tokenizer, args.workers)
-                if repeat > 0:  # the first round warms the page cache
-                    seconds[name].append(elapsed)
+        runs: dict[str, list[Run]] = {"ours": [], "processes": [], "threads": []}
+        for name in runs:
+            _measure(name, directory, text, tokenizer, args.workers)  # warms the page cache
+        discarded, begin = 0, time.monotonic()
+        while min(map(len, runs.values())) < args.repeats and time.monotonic() - begin < args.patience:
+            rounds = {name: _measure(name, directory, text, tokenizer, args.workers) for name in runs}
+            if max(run.others for run in rounds.values()) > args.max_others:
+                discarded += 1
+                time.sleep(PAUSE_SECONDS)
+                continue
+            for name, run in rounds.items():
+                runs[name].append(run)
+        if not runs["ours"]:
+            sys.exit(f"the machine was never quiet enough for --max-others {args.max_others}: nothing was measured")
         manifest = json.loads((directory / "dataset" / "manifest.json").read_text())
-        _report(seconds, manifest, text, args)
+        _report(runs, manifest, text, args, discarded)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--max-others", type=float, default=1.0, metavar="CORES",
+                        help="discard rounds in which other programs used more than this (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--patience", type=float, default=900, metavar="SECONDS", help="give up after this long")
     parser.add_argument("--type", default="unigram")
     parser.add_argument("--vocab-size", type=int, default=16384)
     parser.add_argument("--reference", choices=["processes", "threads"], help=argparse.SUPPRESS)
@@ -76,23 +102,29 @@ def _text(directory: Path) -> Path:
     return text
 
 
-def _measure(name: str, directory: Path, text: Path, tokenizer: Path, workers: int) -> tuple[float, float]:
-    """Wall-clock and CPU seconds of one run, all its processes together."""
+def _measure(name: str, directory: Path, text: Path, tokenizer: Path, workers: int) -> Run:
     output = directory / "dataset"
     if name == "ours":
         shutil.rmtree(output, ignore_errors=True)
-    start, cpu = time.perf_counter(), _cpu_seconds()
+    start, cpu, busy = time.perf_counter(), _cpu_seconds(), _busy_seconds()
     if name == "ours":
         _run("steerscale", "data", "prepare", text, "--tokenizer", tokenizer, "-o", output, "--workers", workers)
     else:
         _run(__file__, "--reference", name, "--model", tokenizer / "tokenizer.model", "--text", text,
              "--workers", workers)  # fmt: skip
-    return time.perf_counter() - start, _cpu_seconds() - cpu
+    wall, cpu, busy = time.perf_counter() - start, _cpu_seconds() - cpu, _busy_seconds() - busy
+    return Run(wall, cpu, max(0.0, busy - cpu) / wall)
 
 
 def _cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def _busy_seconds() -> float:
+    """CPU seconds of everything on the machine since it started (Linux)."""
+    user, nice, system, *_ = map(int, Path("/proc/stat").read_text().split(maxsplit=8)[1:8])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
 def _run(program: str, *arguments: object) -> None:
@@ -126,20 +158,20 @@ def _reference(how: str, model: str, text: Path, workers: int) -> None:
         process.join()
 
 
-def _report(
-    seconds: dict[str, list[tuple[float, float]]], manifest: dict, text: Path, args: argparse.Namespace
-) -> None:
+def _report(runs: dict[str, list[Run]], manifest: dict, text: Path, args: argparse.Namespace, discarded: int) -> None:
     tokens = sum(split["tokens"] for split in manifest["splits"].values())
     text_bytes = sum(split["bytes"] for split in manifest["splits"].values())
-    medians = {name: statistics.median(wall for wall, _ in runs) for name, runs in seconds.items()}
-    cpu = {name: statistics.median(cpu for _, cpu in runs) for name, runs in seconds.items()}
+    medians = {name: statistics.median(run.wall for run in mine) for name, mine in runs.items()}
+    cpu = {name: statistics.median(run.cpu for run in mine) for name, mine in runs.items()}
+    others = statistics.median(run.others for mine in runs.values() for run in mine)
     reference = min(("processes", "threads"), key=medians.__getitem__)
     print(f"{text.name}: {text_bytes / 1e6:.1f} MB of text, {tokens / 1e6:.2f} M tokens; {args.type}, "
-          f"{args.vocab_size} tokens; {args.workers} workers; {args.repeats} alternating runs")  # fmt: skip
+          f"{args.vocab_size} tokens; {args.workers} workers; {len(runs['ours'])} alternating rounds, "
+          f"{discarded} discarded; other programs used {others:.2f} cores")  # fmt: skip
     print(f"{'':<24}{'median s':>10}{'min s':>8}{'max s':>8}{'CPU s':>8}{'M tokens/s':>12}{'MB/s':>8}")
     labels = {"ours": "data prepare", "processes": "sentencepiece, processes", "threads": "sentencepiece, threads"}
     for name, label in labels.items():
-        median, values = medians[name], [wall for wall, _ in seconds[name]]
+        median, values = medians[name], [run.wall for run in runs[name]]
         print(f"{label:<24}{median:>10.2f}{min(values):>8.2f}{max(values):>8.2f}{cpu[name]:>8.2f}"
               f"{tokens / median / 1e6:>12.2f}{text_bytes / median / 1e6:>8.1f}")  # fmt: skip
     print(json.dumps({
@@ -152,6 +184,7 @@ def _report(
         "ours_tokens_per_s": round(tokens / medians["ours"]),
         "reference_tokens_per_s": round(tokens / medians[reference]),
         "reference": reference,
+        "other_cores": round(others, 2),
         "cpu_ratio": round(cpu[reference] / cpu["ours"], 3),
         "ratio": round(medians[reference] / medians["ours"], 3),
     }))  # fmt: skip
