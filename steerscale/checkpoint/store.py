@@ -250,6 +250,7 @@ def load_state(checkpoint: Path) -> tuple[dict[str, Any], FragmentReader]:
 
 def _write_rank(fragments: Sequence[Fragment], path: Path) -> dict[str, Any]:
     entries = write_fragments(fragments, path)
+    shutil.copymode(path.with_name(STATE), path)  # safetensors lets nobody else read; run directories are shared
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"entries": entries, "files": {path.name: describe_file(path)}}

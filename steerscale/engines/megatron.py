@@ -193,8 +193,10 @@ class MegatronEngine:
         """Run one micro-batch through the pipeline; the last stage's output there, None on other stages."""
         for chunk in self.chunks:
             chunk.eval()
+        # The interleaved schedule takes micro-batches by the number of stages only: it gets copies.
+        copies = [micro_batch] * (self.context.layout.pipeline if len(self.chunks) > 1 else 1)
         # Without a loss function the schedule hands back the last stage's output as it is.
-        outputs = self._run([micro_batch], lambda batch, chunk: (forward(batch, chunk), None), forward_only=True)  # type: ignore[arg-type,return-value]
+        outputs = self._run(copies, lambda batch, chunk: (forward(batch, chunk), None), forward_only=True)  # type: ignore[arg-type,return-value]
         return outputs[0] if outputs else None
 
     def _run(self, micro_batches: Sequence[Any], forward: Forward, *, forward_only: bool) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -99,11 +100,14 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], rank: int, size: 
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
+    counter = dist.FileStore(store, size)
+    dist.init_process_group("gloo", store=counter, rank=rank, world_size=size)
     try:
         answer = function(*args)
-        # Without it a rank could leave before another one has connected to it.
-        dist.barrier()
+        # A rank that left early would cut off one still in its last collective. A barrier is itself a collective: count.
+        counter.add("done", 1)
+        while counter.add("done", 0) < size:
+            time.sleep(0.002)
         return answer
     finally:
         dist.destroy_process_group()
