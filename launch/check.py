@@ -10,7 +10,7 @@ from typing import Any
 from launch.resume import check_same_model
 from steerscale.config import from_mapping
 from steerscale.data.dataset import inspect_data
-from steerscale.errors import ConfigError, LayoutError
+from steerscale.errors import ConfigError, DataError, LayoutError
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.rundir import CONFIG
 from steerscale.train.config import RunConfig, check_ramp_up, with_vocabulary
@@ -76,7 +76,7 @@ def _path(text: str, key: str) -> str:
         path = Path(text).expanduser().absolute()  # no shell expands the ~ of key=~/there
         path.exists()
     except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).lower()
+        reason = error.strerror if isinstance(error, OSError) else str(error).lower().rstrip(".")
         raise ConfigError(f"{key}={text} is no usable path: {reason}") from error
     return str(path)
 
@@ -97,11 +97,18 @@ def _check_ranks(config: RunConfig, layout: ParallelLayout) -> None:
 
 def _check_data(config: RunConfig) -> RunConfig:
     assert config.data is not None
-    manifests = inspect_data(config.data, seq_len=config.model.seq_len)
+    key = "data.path" if config.data.path is not None else "data.blend"
+    try:
+        manifests = inspect_data(config.data, seq_len=config.model.seq_len)
+    except DataError as error:
+        raise DataError(str(error) if str(error).startswith("data.") else f"{key}: {error}") from error
     # Held-out text is read where every dataset has some.
     if all("valid" in manifest.splits for manifest in manifests.values()):
-        for path, manifest in manifests.items():
-            manifest.require_split("valid", seq_len=config.model.seq_len, path=path)
+        try:
+            for path, manifest in manifests.items():
+                manifest.require_split("valid", seq_len=config.model.seq_len, path=path)
+        except DataError as error:
+            raise DataError(f"{key}: {error}; or do without held-out text: prepare with --split 1,0,0") from error
     (first, *_) = manifests.values()
     return with_vocabulary(config, first.tokenizer.vocab_size)
 

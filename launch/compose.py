@@ -7,6 +7,7 @@ are read and checked here before Hydra sees them: its own errors are about struc
 import dataclasses
 import difflib
 import itertools
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -190,7 +191,7 @@ def _checked(override: Override, *, whole_file: bool) -> str:
 
 def _check_option(text: str, group: str, value: Any) -> None:
     known = options(group)
-    if value is None:
+    if not isinstance(value, (str, int, float)):
         raise ConfigError(f"{text}: choose one of {_listed(known)}, or leave {group} out for the default")
     if value not in known:
         close = difflib.get_close_matches(str(value), known, n=1)
@@ -239,7 +240,9 @@ def _explain(error: Exception) -> str:
     """A Hydra error's text without its internals."""
     if isinstance(error, InterpolationKeyError):
         key = getattr(error, "full_key", None) or getattr(error, "key", "")
-        return f"{key} refers to a key that does not exist: {_first_line(error)}; write keys in full, like ${{parallel.tensor}}"
+        asked = re.search(r"'(.*)'", str(error))
+        what = f"${{{asked[1]}}}, a key that does not exist" if asked else "a key that does not exist"
+        return f"{key} refers to {what}: keys are written in full, like ${{parallel.tensor}}"
     noise = (
         "Set the environment variable",
         "See https",

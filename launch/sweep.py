@@ -31,7 +31,8 @@ def plan_sweep(overrides: Sequence[str], *, config_name: str) -> list[Point]:
         try:
             points.append(Point(label, check_config(compose_config(job, config_name=config_name))))
         except SteerscaleError as error:
-            raise type(error)(f"{label}: {error}" if label else str(error)) from error
+            # An error about the swept value itself begins with it already.
+            raise type(error)(str(error) if str(error).startswith(label) else f"{label}: {error}") from error
     _check_directories(points, keys=[jobs[0][position].split("=")[0] for position in swept])
     return points
 

@@ -10,7 +10,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "launcher unknown": (f"{RUN} launcher=dryrun", ("launcher=dryrun", "did you mean launcher=dry_run?")),
     "experiment unknown": ("experiment=german", ("experiment=german", "did you mean experiment=german_demo?")),
     "group unknown": (f"{RUN} cluster/gpu=a100", ("cluster/gpu=a100", "groups are experiment, launcher, model")),
-    "two options": (f"{RUN} model=[demo,125m]", ("model=[demo,125m]", "only", "demo")),
+    "two options": (f"{RUN} model=[demo,125m]", ("model=[demo,125m]: choose one of 1.3b",)),
     "package": (f"{RUN} model@teacher=demo", ("model@teacher=demo", "no such config group")),
     "section as a choice": (f"{RUN} optim=adam", ("optim=adam", "optim is a section", "optim.lr=...")),
     "dataset as a choice": ("data=german train.steps=10", ("data=german", "data.path=...")),
@@ -29,7 +29,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "hydra setting": (f"{RUN} hydra.run.dir=x", ("hydra.run.dir=x", "no effect here", "run_dir=...")),
     "steps missing": ("data.path={good}", ("train.steps must be set", "train.steps=VALUE")),
     "no model": (f"{RUN} model=null", ("model=null: choose one of 1.3b", "leave model out for the default")),
-    "interpolation": (f"{RUN} name='a_${{{{tensor}}}}'", ("name refers to", "'tensor' not found", "parallel.tensor")),
+    "interpolation": (
+        f"{RUN} name='a_${{{{tensor}}}}'",
+        ("name refers to ${{tensor}}", "does not exist", "${{parallel.tensor}}"),
+    ),
     # --- syntax and options
     "no value": (f"{RUN} model", ("'model' is no override", "key=value")),
     "unclosed list": (f"{RUN} launcher.ranks=[1", ("'launcher.ranks=[1' cannot be read", "close what is opened")),
@@ -164,7 +167,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     # --- data
     "no data": ("train.steps=10", ("data.path (or data.blend) must be given", "steerscale data prepare")),
     "no data at all": ("train.steps=10 data=null", ("data.path (or data.blend) must be given",)),
-    "data missing": ("data.path=nowhere train.steps=10", ("there is no dataset directory", "nowhere")),
+    "data missing": ("data.path=nowhere train.steps=10", ("data.path: there is no dataset directory", "nowhere")),
     "data is a file": (f"{RUN} data.path={{good}}/train.bin", ("there is no dataset directory", "train.bin")),
     "no dataset": ("data.path={no_manifest} train.steps=10", ("is not a dataset: it has no manifest.json",)),
     "home unknown": ("data.path=\"'~nobody_here/x'\" train.steps=10", ("data.path=~nobody_here/x", "home directory")),
@@ -180,7 +183,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "path and blend": (f"{RUN} data.blend={{{{x:1}}}}", ("exactly one of data.path and data.blend",)),
     "blend missing one": (
         "data.blend={{'{good}':1,nowhere:2}} train.steps=10",
-        ("there is no dataset directory", "nowhere"),
+        ("data.blend: there is no dataset directory", "nowhere"),
     ),
     "blend negative": ("data.blend={{'{good}':-1}} train.steps=10", ("data.blend[", "must be positive, got -1.0")),
     "blend tiny": ("data.blend={{a:1,b:1e-9}} train.steps=10", ("data.blend[", "below the resolution of 1/4096")),
@@ -194,7 +197,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "held-out too short": (
         f"{RUN} model.seq_len={{held_out}} train.eval_interval=0",
-        ("split 'valid'", "fewer than one sequence", "model.seq_len="),
+        ("split 'valid'", "fewer than one sequence", "model.seq_len=", "--split 1,0,0"),
     ),
     "vocabulary": (f"{RUN} model.vocab_size=999", ("model.vocab_size=999 is smaller", "1000 tokens", "null")),
     "skip flat": (f"{RUN} data.skip=[5,3]", ("data.skip[0] must be a list, got 5",)),

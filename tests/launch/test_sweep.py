@@ -99,6 +99,9 @@ def test_points_are_checked_before_the_first_starts(
     assert launches.configs == []
     assert capsys.readouterr().err.startswith("error: parallel.tensor=3: parallel.tensor must divide")
     assert list(here.iterdir()) == []
+    argv = ["-m", "train.steps=2", f"data.path={german_data}", "model=demo,dmeo"]
+    assert run(monkeypatch, launches, *argv) == 2
+    assert capsys.readouterr().err.count("model=dmeo") == 1  # the point is not named twice
 
 
 def test_points_are_labelled_by_what_differs(here: Path, german_data: Path) -> None:
