@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             points = plan_sweep(overrides, config_name=name)
             if not args.cfg:
                 return run_sweep(points, launch)
-            print("---\n".join(f"# {label or config.name}\n{dump_yaml(config)}" for label, config in points), end="")
+            _print("---\n".join(f"# {label or config.name}\n{dump_yaml(config)}" for label, config in points).rstrip())
             return 0
         listed = [override for override in parse_overrides(overrides) if override.is_sweep_override()]
         if listed:
@@ -64,7 +64,7 @@ def launch(config: RunConfig) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         from launch.dry_run import show_plan
 
-        print(show_plan(config))
+        _print(show_plan(config))
         return 0
     from launch.local import run_local
 
@@ -82,10 +82,17 @@ def _show(overrides: Sequence[str], *, config_name: str) -> None:
     if not (data.get("path") or data.get("blend")) and (mapping.get("launcher") or {}).get("name") != "dry_run":
         missing.append("data.path")
     if not missing:
-        print(dump_yaml(check_config(mapping)), end="")
+        _print(dump_yaml(check_config(mapping)).rstrip())
         return
-    print(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True), end="")
+    _print(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True).rstrip())
     print(f"note: not checked, since a run needs {', '.join(missing)} as well", file=sys.stderr)
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; nothing is left to flush at the end into a closed pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _missing(mapping: dict, at: str = "") -> list[str]:

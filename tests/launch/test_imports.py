@@ -42,3 +42,14 @@ def test_checking_needs_no_torch(arguments: list[str], status: int, german_data:
 def test_documentation_needs_no_torch() -> None:
     script = "import sys, launch.config_docs; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=ROOT)
+
+
+def test_a_reader_may_leave_early() -> None:
+    command = [sys.executable, "-m", "launch.train", "--cfg"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    process.stdout.close()  # before it prints, as `| head` may do
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+    assert "Exception ignored" not in errors
