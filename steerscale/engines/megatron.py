@@ -126,7 +126,7 @@ class MegatronEngine:
                 use_distributed_optimizer=engine.distributed_optimizer,
                 overlap_param_gather=overlap and engine.distributed_optimizer,
             ),
-            self.chunks,
+            [*self.chunks],
             use_gloo_process_groups=False,
         )
         _prepare_torch_adam(self.optimizer)

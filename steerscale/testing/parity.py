@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from steerscale.checkpoint.store import CheckpointStore
 from steerscale.engines.megatron import MegatronEngine
 from steerscale.metrics import Recorder, read_records
+from steerscale.models.gpt import GPT
 from steerscale.models.sharding import gather_parameters
 from steerscale.optim import learning_rate
 from steerscale.parallel.context import ParallelContext, initialize
@@ -105,7 +107,7 @@ def train_curve(config: RunConfig, prepare: Callable[[GPTTask], None] | None = N
             )
             assert loop.run()
         disagreements = _disagreements(task.engine, context)
-        parameters = gather_parameters(task.engine.unwrapped, context)
+        parameters = gather_parameters(cast("list[GPT]", task.engine.unwrapped), context)
         return _read_curve(config, parameters, disagreements) if context.rank == 0 else None
 
 

@@ -110,7 +110,7 @@ class ReferenceGPT(nn.Module):
         for layer in self.decoder["layers"]:  # type: ignore[attr-defined]
             x_BSM = layer(x_BSM, mask, rotation)
         head = self.embedding["word_embeddings"] if self.model.tie_embeddings else self.output_layer
-        return F.linear(self.decoder["final_layernorm"](x_BSM), head.weight[: self.model.tokens])
+        return F.linear(self.decoder["final_layernorm"](x_BSM), head.weight[: self.model.tokens])  # type: ignore[index]
 
 
 def make_norm(model: ModelConfig) -> nn.Module:
