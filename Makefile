@@ -54,6 +54,10 @@ bench: setup
 	$(BIN)/python benchmarks/tokenize.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/gpt_overhead.py
 
+# Regenerate docs/configuration.md from the dataclasses; `make check` tells when that is due.
+docs: setup
+	$(BIN)/python -m launch.config_docs
+
 # Regenerate golden losses; say why in the commit message.
 golden: setup
 	STEERSCALE_GOLDEN=write $(BIN)/python -m pytest tests/golden -q
