@@ -119,6 +119,7 @@ class Ranks:
         self.processes: list[subprocess.Popen] = []
         self._run_dir, self._config = run_dir, config
         self._deadline: float | None = None
+        self._asked: int | None = None
         self._killed = False
 
     @contextlib.contextmanager
@@ -152,8 +153,8 @@ class Ranks:
                 if status and not self._killed:
                     failures[rank] = Failure(rank=rank, status=status, time=before)
                     self._deadline = self._deadline or time.monotonic() + LAST_BREATH_SECONDS
-            if self._deadline is not None and time.monotonic() > self._deadline:
-                self._kill()
+            if self._killed or (self._deadline is not None and time.monotonic() > self._deadline):
+                self._kill()  # again and again: it may have begun while ranks were being started
             time.sleep(POLL_SECONDS)
         if self._killed and not failures:
             raise self._why_killed()
@@ -187,12 +188,15 @@ class Ranks:
             raise LaunchError(f"rank {len(self.processes)} of {size} could not be started: {error}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if self._asked is not None:  # another thread of this process may have taken it before all ranks were there
+            self._send(self._asked)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self._deadline is not None:
             self._kill()
             return
         self._deadline = time.monotonic() + self._config.launcher.grace_seconds
+        self._asked = number
         self._send(number)
         print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
 
@@ -236,15 +240,16 @@ def summarize_failure(run_dir: Path, failures: Sequence[Failure]) -> tuple[str, 
         rank, status = silent[0].rank, silent[0].status
         cause = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
         hint = "the machine may have run out of memory: see `dmesg`" if status == -signal.SIGKILL else ""
-        user_error = False
+        explained, code = False, 2 if status == 2 else 1
     else:
         rank, cause, hint = errors[0]["rank"], f"{errors[0]['type']}: {errors[0]['message']}", ""
-        user_error = errors[0]["user_error"]
+        explained = errors[0]["user_error"]
+        code = 2 if explained else 1
     log = log_path(run_dir, rank)
     lines = [f"FAILED: rank {rank} {cause}", *([f"  {hint}"] if hint else [])]
-    if not user_error:  # its message says all there is to say
+    if not explained:  # a user's error says all there is to say
         lines += [f"  last lines of {log}:", *(f"    {line}" for line in _tail(log, 12)), f"  {GO_ON}"]
-    return "\n".join([*lines, f"  logs of all ranks: {log.parent}"]), 2 if user_error else 1
+    return "\n".join([*lines, f"  logs of all ranks: {log.parent}"]), code
 
 
 def _tail(path: Path, count: int) -> list[str]:

@@ -17,8 +17,10 @@ from steerscale.train.worker import main
 def run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> None:
     """[what, argument ...] for each rank."""
     (run_dir / f"ready_{rank}").write_text(str(os.getpid()))
-    behaviour = json.loads((run_dir / "behaviour.json").read_text())[rank]
-    what, *arguments = behaviour
+    behaviour = json.loads((run_dir / "behaviour.json").read_text())
+    while len(list(run_dir.glob("ready_*"))) < len(behaviour):  # as ranks find each other
+        time.sleep(0.001)
+    what, *arguments = behaviour[rank]
     if what == "wait":  # trains until it is asked to stop
         while not stop:
             time.sleep(0.01)
