@@ -199,3 +199,24 @@ def test_full_disk_ends_the_run_only_when_its_last_checkpoint_cannot_be_written(
         assert find_damage(run_dir / "checkpoints" / "step_00000003") is None
         assert log.count("was not written: rank") >= 1
         assert "No space left on device" in log
+
+
+def make_room(loop: Loop) -> None:
+    """Something that can happen: the disk has space again."""
+    (Path(loop.config.run_dir) / "filler").unlink()
+
+
+def full_for_a_while(rank: int) -> None:
+    """A `setup`: the disk is full in steps 5 to 7."""
+    AtStep(5, (0,), fill_up)(rank)
+    AtStep(8, (0,), make_room)(rank)
+
+
+def test_run_survives_a_disk_that_is_full_for_a_while(german_data: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kib=8000) as disk:
+        config = run_config(german_data, disk / "run", parallel={"data": 2})
+        run_dir = prepare(config)
+        assert Workers(config, full_for_a_while).join() == [0, 0]
+        assert steps_there(run_dir) == [3, 9, 12]
+        assert [record["step"] for record in read_records(run_dir, "train")] == list(range(1, 13))
+        assert read_status(run_dir).state == "finished"
