@@ -29,7 +29,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that say how text inputs are understood."""
     parser.add_argument("--format", default="auto", help="auto (default), txt, jsonl, parquet or hf (`datasets`)")
-    parser.add_argument("--documents", default="line", help="a document of a txt ends with: line (default), blank-line")
+    parser.add_argument(
+        "--documents",
+        choices=("line", "blank-line"),
+        default="line",
+        help="what ends a document in a txt (default: line)",
+    )
     parser.add_argument("--text-key", default="text", help="field or column of the text (default: %(default)s)")
 
 

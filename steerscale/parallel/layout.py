@@ -133,7 +133,7 @@ class ParallelLayout:
             )
         if self.sequence and model.seq_len % t:
             raise LayoutError(
-                f"parallel.tensor must divide model.seq_len under parallel.sequence: {t}, {model.seq_len}"
+                f"parallel.tensor must divide model.seq_len under parallel.sequence: {t} does not divide {model.seq_len}"
             )
         chunks = self.pipeline * self.virtual_pipeline
         if model.num_layers % chunks:

@@ -22,7 +22,10 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     Raises DataError before the block runs if `target` is in the way.
     """
     _check_free(target, force=force)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{target} cannot be made: {error.strerror}; choose another output directory") from error
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         yield temporary

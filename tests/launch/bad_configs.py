@@ -99,7 +99,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sequence alone": (f"{RUN} parallel.sequence=true", ("parallel.sequence=true needs parallel.tensor > 1",)),
     "sequence length": (
         f"{RUN} parallel.sequence=true parallel.tensor=2 model.seq_len=127",
-        ("parallel.tensor must divide model.seq_len", "2, 127"),
+        ("parallel.tensor must divide model.seq_len", "2 does not divide 127"),
     ),
     "interleaving alone": (
         f"{RUN} parallel.virtual_pipeline=2",

@@ -92,7 +92,7 @@ def test_batch_sizes_start_at_one(name: str) -> None:
         (ParallelLayout(tensor=4), {}, "model.num_kv_groups: 4 does not divide 6"),
         (ParallelLayout(tensor=3), {"d_ff": 100}, "model.d_ff: 3 does not divide 100"),
         (ParallelLayout(tensor=3), {}, "padded vocabulary: 3 does not divide 128"),
-        (ParallelLayout(tensor=6, sequence=True), {"pad_vocab_to": 6}, "under parallel.sequence: 6, 32"),
+        (ParallelLayout(tensor=6, sequence=True), {"pad_vocab_to": 6}, "under parallel.sequence: 6 does not divide 32"),
         (ParallelLayout(pipeline=3), {}, "3 x 1 = 3 does not divide 8"),
         (ParallelLayout(pipeline=4, virtual_pipeline=4), {}, "4 x 4 = 16 does not divide 8"),
     ],
