@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -194,10 +195,13 @@ def test_records_that_never_fit_are_told(tmp_path: Path, caplog: pytest.LogCaptu
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_full_disk_turns_tensorboard_off_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with small_disk(tmp_path / "disk", kib=64) as disk:
+        before = threading.enumerate()
         recorder = Recorder(disk, writes=True)
+        (writer,) = set(threading.enumerate()) - set(before)
         filler = fill(disk)
         for step in range(1, 20):
             recorder.write("train", step, STEP)
+        writer.join(60)  # its exception belongs to this test
         assert "TensorBoard events are not written any more: [Errno 28]" in caplog.text
         filler.unlink()
         recorder.write("train", 20, STEP)

@@ -9,11 +9,13 @@ import pytest
 
 from steerscale.checkpoint.config import CheckpointConfig
 from steerscale.checkpoint.store import HIDDEN, checkpoints, find_damage
+from steerscale.errors import DataError
 from steerscale.metrics import read_records
-from steerscale.rundir import read_status
+from steerscale.rundir import read_errors, read_status
 from steerscale.testing.ranks import RankPool
 from steerscale.train.config import RunConfig, TrainConfig
-from tests.train.runs import Workers, assert_same_tensors, curve, moved, newest, prepare, run_config, train
+from steerscale.train.loop import Loop
+from tests.train.runs import AtStep, Workers, assert_same_tensors, curve, moved, newest, prepare, run_config, train
 
 
 class Killer:
@@ -107,3 +109,20 @@ def test_one_rank_killed_ends_the_others(rank: int, german_data: Path, tmp_path:
     statuses = workers.join(30.0)
     assert statuses[rank] == -9
     assert statuses[1 - rank] == 1
+
+
+def fail(loop: Loop) -> None:
+    """Something that can happen: data that turn out to be damaged."""
+    raise DataError("a shard is damaged")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_that_fails_first_is_first_in_time(rank: int, german_data: Path, tmp_path: Path) -> None:
+    """The other one fails of the broken connection, but not before word of the cause is left."""
+    config = run_config(german_data, tmp_path / "run", parallel={"data": 2})
+    run_dir = prepare(config)
+    statuses = Workers(config, AtStep(4, (rank,), fail)).join()
+    assert (statuses[rank], statuses[1 - rank]) == (2, 1)
+    cause, echo = read_errors(run_dir)
+    assert (cause["rank"], cause["type"], cause["message"]) == (rank, "DataError", "a shard is damaged")
+    assert (echo["rank"], echo["user_error"]) == (1 - rank, False)
