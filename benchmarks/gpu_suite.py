@@ -4,19 +4,27 @@ Each part runs in a process of its own with a share of the time; its output goes
 or runs out of time does not stop the others. The last line is one JSON object; also in OUT_DIRECTORY/results.json.
 """
 
+import sys
+from pathlib import Path
+
+# ruff: noqa: E402
+# The repository instead of this folder, where a script named tokenize.py hides Python's module of that name.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
 import argparse
 import json
 import os
 import subprocess
-import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 CLI = ["-c", "import sys; from steerscale.cli import main; sys.exit(main())"]
-TRAIN = (
-    "parallel.micro_batch_size=8 parallel.gradient_accumulation_steps=4 engine.precision=bf16 train.steps=40".split()
-)
+TRAIN = [
+    "parallel.micro_batch_size=8",
+    "parallel.gradient_accumulation_steps=4",
+    "engine.precision=bf16",
+    "train.steps=40",
+]
 PARTS = {
     "tests": (["-m", "pytest", "tests/gpu", "-q", "-rs", "-p", "no:cacheprovider"], 240),
     "tokenizer": ([*CLI, "tokenizer", "train", "sample:german", "--vocab-size", "8192", "-o", "OUT/tokenizer"], 60),
