@@ -80,8 +80,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--max-others", type=float, default=1.0, metavar="CORES",
-                        help="discard rounds in which other programs used more than this (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--max-others", type=float, default=float("inf"), metavar="CORES",
+                        help="discard rounds in which other programs used more than this (default: none)")  # fmt: skip
     parser.add_argument("--patience", type=float, default=900, metavar="SECONDS", help="give up after this long")
     parser.add_argument("--type", default="unigram")
     parser.add_argument("--vocab-size", type=int, default=16384)
