@@ -22,7 +22,7 @@ def everything_patched() -> dict[str, Any]:
     """All attributes that the redirection could touch."""
     values: dict[str, Any] = {
         f"{module.__name__}.{name}": value
-        for module in (torch.cuda, megatron_random)
+        for module in (torch, torch.Tensor, torch.cuda, megatron_random)
         for name, value in vars(module).items()
     }
     filters = logging.getLogger(megatron_random.__name__).filters
@@ -91,7 +91,8 @@ def test_redirect_cuda_is_undone(error: Exception | None) -> None:
     except KeyError:
         pass
     assert {"torch.cuda.current_device", "torch.cuda.Stream"} <= changed
-    assert {"mode", "filter"} <= {name.split()[0] for name in changed}
+    assert {"torch.zeros", "Tensor.cuda"} <= changed
+    assert "filter" in {name.split()[0] for name in changed}
     assert differences(before, everything_patched()) == set()
     assert torch.ones(1).type() == "torch.FloatTensor"
 
@@ -144,3 +145,11 @@ def test_nothing_else_patches_cuda() -> None:
     assert {path: statements for path, statements in found.items() if statements} == {}
     users = {path for path in found if "redirect_cuda" in (PACKAGE / path).read_text(encoding="utf-8")}
     assert users == {"parallel/context.py"}
+
+
+def test_redirect_cuda_leaves_device_contexts_alone() -> None:
+    with redirect_cuda(), torch.device("meta"):
+        assert torch.zeros(1).is_meta
+        assert torch.nn.Linear(2, 2).weight.is_meta
+    with torch.device("meta"):
+        assert torch.zeros(1).is_meta
