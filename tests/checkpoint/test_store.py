@@ -131,7 +131,7 @@ def test_new_directory_has_no_checkpoint(pool: RankPool, tmp_path: Path) -> None
 
 
 def test_leftovers_are_removed_and_other_names_left_alone(pool: RankPool, saved: Path) -> None:
-    for name in (".writing_00000003", ".writing_step_00000001", "step_00000002.bak", "step_latest", "notes"):
+    for name in (".writing_00000009", ".writing_step_00000008", "step_00000002.bak", "step_latest", "notes"):
         (saved / name).mkdir()
         (saved / name / "file").touch()
     ((found, log),) = pool.run(latest, saved, {}, ranks=1)
