@@ -3,11 +3,13 @@
 import json
 import math
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from steerscale.metrics import (
     LEGACY_SECONDS,
@@ -156,10 +158,19 @@ def test_tensorboard_shows_no_step_twice_if_killed_before_the_first_checkpoint(t
     assert train_steps(tmp_path) == [1, 2]
 
 
-def test_tensorboard_has_all_that_was_written_before_a_kill(tmp_path: Path) -> None:
+def test_tensorboard_has_all_that_was_written_before_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = RecordWriter.write
+
+    def write_slowly(*args: Any) -> None:
+        time.sleep(0.02)
+        write(*args)
+
+    monkeypatch.setattr(RecordWriter, "write", write_slowly)
     recorder = Recorder(tmp_path, writes=True)
-    recorder.write("train", 1, STEP)
-    assert [step for step, _ in scalars(tmp_path)["train/loss"]] == [1]  # not closed: as a killed process leaves it
+    for step in (1, 2, 3):
+        recorder.write("train", step, STEP)
+    drawn = scalars(tmp_path)  # not closed: as a killed process leaves it
+    assert [step for step, _ in drawn["time/checkpoint"]] == [1, 2, 3]  # the last ones written
     recorder.close()
 
 

@@ -1,11 +1,15 @@
 """A run that is killed again and again ends bit by bit where one ends that is left alone."""
 
+import os
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from steerscale.checkpoint.config import CheckpointConfig
 from steerscale.checkpoint.store import HIDDEN, checkpoints, find_damage
@@ -116,12 +120,32 @@ def fail(loop: Loop) -> None:
     raise DataError("a shard is damaged")
 
 
+@dataclass(frozen=True)
+class Fail:
+    """A `setup`: one rank fails, and must have left word of it when it begins to leave the others."""
+
+    rank: int
+    run_dir: Path
+
+    def __call__(self, rank: int) -> None:
+        """Called in the process of `rank`."""
+        AtStep(4, (self.rank,), fail)(rank)
+        leave = dist.destroy_process_group
+
+        def check(*args: Any) -> None:
+            if rank == self.rank and not read_errors(self.run_dir):
+                os._exit(77)
+            leave(*args)
+
+        dist.destroy_process_group = check
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_that_fails_first_is_first_in_time(rank: int, german_data: Path, tmp_path: Path) -> None:
     """The other one fails of the broken connection, but not before word of the cause is left."""
     config = run_config(german_data, tmp_path / "run", parallel={"data": 2})
     run_dir = prepare(config)
-    statuses = Workers(config, AtStep(4, (rank,), fail)).join()
+    statuses = Workers(config, Fail(rank, run_dir)).join()
     assert (statuses[rank], statuses[1 - rank]) == (2, 1)
     cause, echo = read_errors(run_dir)
     assert (cause["rank"], cause["type"], cause["message"]) == (rank, "DataError", "a shard is damaged")
