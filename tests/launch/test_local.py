@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,13 +268,13 @@ def test_rank_that_cannot_be_started_ends_the_others(stub: Stub, monkeypatch: py
 
 
 class Alone:
-    """`run_local` of a single rank, in a process that has torch loaded."""
+    """`run_local` of single ranks, one after the other, in a process that has torch loaded."""
 
-    def __init__(self, config: RunConfig, log: Path, setup: Callable[[int], object] | None = None) -> None:
+    def __init__(self, *configs: RunConfig, log: Path, setup: Callable[[int], object] | None = None) -> None:
         context = multiprocessing.get_context(START_METHOD)
         context.set_forkserver_preload(PRELOAD)
-        self.log, self.run_dir = log, prepare(config)
-        self.process = context.Process(target=_run_alone, args=(config, log, setup), daemon=True)
+        self.log, self.run_dirs = log, [prepare(config) for config in configs]
+        self.process = context.Process(target=_run_alone, args=(configs, log, setup), daemon=True)
         self.process.start()
 
     def end(self) -> tuple[int | None, str]:
@@ -283,14 +283,14 @@ class Alone:
         return self.process.exitcode, self.log.read_text()
 
 
-def _run_alone(config: RunConfig, log: Path, setup: Callable[[int], object] | None) -> None:
+def _run_alone(configs: Sequence[RunConfig], log: Path, setup: Callable[[int], object] | None) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if setup is not None:
         setup(0)
     handlers = [signal.getsignal(number) for number in launch.local.SIGNALS]
-    status = run_local(config)
+    status = max(run_local(config) for config in configs)
     assert [signal.getsignal(number) for number in launch.local.SIGNALS] == handlers
     sys.stdout.write(f"in process {os.getpid()}\n")
     sys.stdout.flush()
@@ -298,23 +298,25 @@ def _run_alone(config: RunConfig, log: Path, setup: Callable[[int], object] | No
 
 
 def test_single_rank_runs_in_the_launchers_process(german_data: Path, tmp_path: Path) -> None:
-    alone = Alone(run_config(german_data, tmp_path / "run"), tmp_path / "out")
+    """And another one after it, as in a sweep: nothing of the first is left over."""
+    configs = [run_config(german_data, tmp_path / name) for name in ("first", "second")]
+    alone = Alone(*configs, log=tmp_path / "out")
     status, said = alone.end()
     assert status == 0
     assert f"in process {alone.process.pid}" in said
-    assert read_status(alone.run_dir).state == "finished"
-    assert [record["step"] for record in read_records(alone.run_dir, "train")] == list(range(1, 13))
-    log = log_path(alone.run_dir, 0).read_text()
-    for line in ("step 12/12", "finished at step 12 of 12"):
-        assert line in said
-        assert line in log
-    # Another run in the same process, as in a sweep: nothing of the first one is left over.
-    assert said.count("step  3/12") == log.count("step  3/12") == 1
+    for run_dir in alone.run_dirs:
+        assert read_status(run_dir).state == "finished"
+        assert [record["step"] for record in read_records(run_dir, "train")] == list(range(1, 13))
+        log = log_path(run_dir, 0).read_text()
+        for line in ("step 12/12", "finished at step 12 of 12"):
+            assert said.count(line) == 2
+            assert log.count(line) == 1
+    assert curve(alone.run_dirs[0]) == curve(alone.run_dirs[1])
 
 
 def test_single_rank_stops_at_ctrl_c(german_data: Path, tmp_path: Path) -> None:
     config = run_config(german_data, tmp_path / "run", checkpoint=CheckpointConfig(interval=100))
-    status, _ = Alone(config, tmp_path / "out", AtStep(4, (0,), Send(signal.SIGINT))).end()
+    status, _ = Alone(config, log=tmp_path / "out", setup=AtStep(4, (0,), Send(signal.SIGINT))).end()
     assert status == 0
     run_dir = Path(config.run_dir)
     assert (read_status(run_dir).state, read_status(run_dir).step) == ("stopped", 4)
@@ -334,7 +336,7 @@ class Twice:
 
 def test_single_rank_is_interrupted_by_a_second_ctrl_c(german_data: Path, tmp_path: Path) -> None:
     config = run_config(german_data, tmp_path / "run")
-    status, said = Alone(config, tmp_path / "out", AtStep(4, (0,), Twice())).end()
+    status, said = Alone(config, log=tmp_path / "out", setup=AtStep(4, (0,), Twice())).end()
     assert status == 130
     assert "FAILED: interrupted by a second Ctrl-C" in said
     assert "Traceback" not in said
@@ -351,7 +353,7 @@ class Broken:
 
 def test_single_rank_that_fails_is_summarized(german_data: Path, tmp_path: Path) -> None:
     config = run_config(german_data, tmp_path / "run")
-    status, said = Alone(config, tmp_path / "out", AtStep(4, (0,), Broken())).end()
+    status, said = Alone(config, log=tmp_path / "out", setup=AtStep(4, (0,), Broken())).end()
     assert status == 1
     (begin,) = [line for line in said.splitlines() if line.startswith("FAILED")]
     assert begin == "FAILED: rank 0 ZeroDivisionError: by nothing"

@@ -163,12 +163,24 @@ def test_finished_run_that_is_started_again_changes_nothing(german_data: Path, t
     assert newest(Path(config.run_dir)).stat().st_mtime_ns == before
 
 
+def test_steps_before_a_stop_are_reported(german_data: Path, tmp_path: Path) -> None:
+    base = run_config(german_data, tmp_path / "run", checkpoint=STOP_ONLY)
+    config = replace(base, metrics=replace(base.metrics, interval=10))
+    run_dir = _stop(config, AtStep(4, (0,), Send(signal.SIGTERM)))
+    prepare(config)
+    assert Workers(config).join() == [0]
+    records = read_records(run_dir, "train")
+    assert [(record["step"], record["timed_steps"]) for record in records] == [(4, 4), (10, 6), (12, 2)]
+
+
 def test_status_tells_the_step_while_the_run_goes_on(german_data: Path, tmp_path: Path) -> None:
     config = run_config(german_data, tmp_path / "run", checkpoint=STOP_ONLY)
     run_dir = prepare(config)
     workers = Workers(config, AtStep(7, (0,), wait_for_ever))
+    deadline = time.monotonic() + 60
     while read_status(run_dir).step < 6:
         assert workers.processes[0].is_alive()
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     assert (read_status(run_dir).state, read_status(run_dir).steps) == ("running", 12)
     workers.kill()
