@@ -1,12 +1,12 @@
 """Blocks of text -> tokens sorted into splits, in one process or many, with the same result."""
 
-import itertools
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -22,8 +22,10 @@ from steerscale.data.order import draw, mix
 from steerscale.errors import DataError
 from steerscale.tokenizers.registry import load_tokenizer
 
-AHEAD = 4
-"""Blocks a worker has in hand or waiting, so that it never waits for the reader."""
+AHEAD = 3
+"""Blocks a helping process has in hand or waiting, so that it never waits for the reader."""
+MOST_PENDING = 16
+"""Blocks in memory for each process, when those after a very slow one are done before it."""
 
 
 class EncodedSplit(NamedTuple):
@@ -101,38 +103,77 @@ class Encoder:
 
 
 def encode_blocks(blocks: Iterable[Block], encoding: Encoding, *, workers: int) -> Generator[EncodedBlock]:
-    """Encode blocks in as many processes (1: in this one), in order.
+    """Encode blocks in as many processes, this one included, and yield them in order.
 
     Raises DataError from the blocks' reader or parser, or if a worker process dies.
     """
-    if workers == 1:
-        yield from map(Encoder(encoding), blocks)
+    encoder, helpers = Encoder(encoding), workers - 1
+    with _helpers(encoding, helpers) as pool:
+        pending: deque[Future[EncodedBlock]] = deque()
+        for block in blocks:
+            if pool is not None and sum(not future.done() for future in pending) < AHEAD * helpers:
+                pending.append(_submit(pool, block))
+            else:
+                # All helpers are busy for a while; so this process, which would only wait for them, does one itself.
+                pending.append(_encode_here(encoder, block))
+            while pending and (pending[0].done() or len(pending) > MOST_PENDING * workers):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+@contextlib.contextmanager
+def _helpers(encoding: Encoding, number: int) -> Iterator[ProcessPoolExecutor | None]:
+    if number == 0:
+        yield None
         return
     # spawn: a fork could copy locks that threads of the caller hold.
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(encoding,)
-    )
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(number, context, initializer=_start_worker, initargs=(encoding,))
     try:
-        blocks = iter(blocks)
-        pending = deque(_submit(pool, block) for block in itertools.islice(blocks, AHEAD * workers))
-        while pending:
-            encoded = pending.popleft().result()
-            pending.extend(_submit(pool, block) for block in itertools.islice(blocks, 1))
-            yield encoded
+        yield pool
     except BrokenProcessPool as error:
         raise DataError("a worker process was killed, perhaps for lack of memory: try fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
+def _encode_here(encoder: Encoder, block: Block) -> Future[EncodedBlock]:
+    future: Future[EncodedBlock] = Future()
+    try:
+        future.set_result(encoder(block))
+    except DataError as error:
+        # Raised in its turn, so that of several errors the first is reported, whoever met it first.
+        future.set_exception(error)
+    return future
+
+
 def _submit(pool: ProcessPoolExecutor, block: Block) -> Future[EncodedBlock]:
-    # Submitting may start a worker, which inherits the mask: Ctrl-C, which a terminal sends to the whole process group,
-    # then reaches this process alone, and it decides what happens.
+    with _interrupts_deferred():  # submitting may start a process
+        return pool.submit(_work, block)
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends; processes started in it never see one.
+
+    A terminal sends it to the whole process group. Helpers inherit the blocked signal, so that this process alone decides
+    what happens. Blocking does not protect this process itself, because any other thread may take the signal and Python
+    then raises KeyboardInterrupt here: hence the handler.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held_back = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: held_back.append(arguments))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return pool.submit(_work, block)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if held_back:
+            signal.raise_signal(signal.SIGINT)
 
 
 _encoder: Encoder | None = None
