@@ -1,1 +1,3 @@
-"""Sharded, engine-neutral checkpoints in safetensors: `fragments` is the format, `store` the directories."""
+"""Sharded, engine-neutral checkpoints in safetensors: `fragments` is the format, `store` the directories, `integrity` tells
+whole ones from damaged ones.
+"""
