@@ -11,6 +11,7 @@ from steerscale.errors import ConfigError, LayoutError
 from steerscale.models.config import ModelConfig
 from steerscale.optim import OptimConfig
 from steerscale.parallel.layout import ParallelConfig, ParallelLayout
+from steerscale.planning.cluster import ClusterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +87,11 @@ class MetricsConfig:
 class LauncherConfig:
     """How ranks are started."""
 
-    name: Literal["local", "dry_run"] = "local"
-    """local: on this machine; dry_run: start nothing, build the shards on no device and print the plan."""
+    name: Literal["local", "slurm", "dry_run"] = "local"
+    """local: on this machine; slurm: as a job on `cluster`; dry_run: start nothing, build the shards on no device and print
+    the plan."""
+    dry_run: bool = False
+    """slurm: print the script and the command that would submit it, with the reason for each number; write nothing."""
     threads_per_rank: int | None = None
     """OMP_NUM_THREADS of each rank; null divides the machine's cores among the ranks."""
     timeout_minutes: float = 10.0
@@ -104,6 +108,11 @@ class LauncherConfig:
         )
         for name in ("timeout_minutes", "grace_seconds"):
             require(getattr(self, name) > 0, f"launcher.{name} must be positive, got {getattr(self, name)}")
+        require(
+            not self.dry_run or self.name == "slurm",
+            f"launcher.dry_run=true shows a Slurm job and has no meaning with launcher={self.name}: add launcher=slurm, or "
+            "use launcher=dry_run to look at a layout",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +143,8 @@ class RunConfig:
     """Measurements."""
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     """Starting ranks."""
+    cluster: ClusterConfig | None = None
+    """The cluster, chosen with cluster=NAME; launcher=slurm needs one."""
 
     def __post_init__(self) -> None:
         require(bool(self.name.strip()), "name must not be empty: the run's directory and records are called after it")
