@@ -1,8 +1,8 @@
 """Estimated memory of one rank, and the exact number of parameters it holds.
 
 States follow Megatron-Core's mixed precision, activations Korthikanti et al. 2022 (arXiv 2205.05198), section 4, freed
-of its assumptions (16-bit, f = 4h, g = a, dropout everywhere). Not counted: the CUDA context and NCCL's buffers (one to
-three GiB), workspaces of kernels, gathered sequences and other short-lived copies, fragmentation. Leave a tenth free.
+of its assumptions (16-bit, f = 4h, g = a, dropout everywhere). What a device needs beside this (CUDA context, NCCL,
+fragmentation) is in `planning.fit`.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,10 @@ FP32_BYTES = 4
 WEIGHT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 # Adam's two moments in fp32 and, where the weights are bf16, their fp32 main copy.
 OPTIMIZER_BYTES: dict[Precision, int] = {"fp32": 8, "bf16": 12}
+
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
+"""Fields of `MemoryEstimate` that add up to its total."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +55,13 @@ class MemoryEstimate:
     """Kept for the backward passes of all micro-batches in flight."""
     logits: int
     """fp32 logits of one micro-batch, on the last stage."""
+    buffers: int
+    """Short-lived: gathered sequences, received boundaries, and what a backward pass holds for a moment."""
 
     @property
     def total(self) -> int:
         """All parts."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return sum(getattr(self, part) for part in PARTS)
 
     @property
     def total_gib(self) -> float:
@@ -145,10 +151,33 @@ def estimate_memory(
             optimizer=OPTIMIZER_BYTES[precision] * parameters // owners,
             activations=layers * chunks_in_flight(layout, index) * kept + (whole - kept) + outer,
             logits=logits if index == layout.pipeline - 1 else 0,
+            buffers=buffer_bytes(model, layout, precision=precision, stage=index),
         )
 
-    stages = range(layout.pipeline) if stage is None else [stage]
+    # The first stage has the embeddings and the most micro-batches in flight: only the last one can have more.
+    stages = sorted({0, layout.pipeline - 1}) if stage is None else [stage]
     return max(map(on, stages), key=lambda estimate: estimate.total)
+
+
+def buffer_bytes(model: ModelConfig, layout: ParallelLayout, *, precision: Precision, stage: int) -> int:
+    """Bytes that a stage needs for a moment, on top of what it keeps.
+
+    Under sequence parallelism the gathered sequence and the one being scattered, `s b h` each; between stages a received
+    boundary and a received gradient. In a backward pass the gradients before and behind the widest product of a layer
+    and that of its weight before it is accumulated; on the last stage, if that is more, the logits' other copy (their
+    gradient) and the head's weight gradient. Gradients are reduced and parameters gathered in place, bucket by bucket
+    in the buffers that hold them: no buffer of their own.
+    """
+    unit, t, h = WEIGHT_BYTES[precision], layout.tensor, model.d_model
+    width = unit * _tokens(model, layout) * h
+    gathered = 2 * width if layout.sequence else 0
+    received = 2 * width // (t if layout.sequence else 1) if layout.pipeline > 1 else 0
+    widest = (2 if model.gated else 1) * model.ffn_width
+    backward = unit * (2 * _tokens(model, layout) * widest + h * widest) // t
+    if stage == layout.pipeline - 1:
+        head = (FP32_BYTES * _tokens(model, layout) + unit * h) * model.padded_vocab // t
+        backward = max(backward, head)
+    return gathered + received + backward
 
 
 def chunks_in_flight(layout: ParallelLayout, stage: int) -> int:
