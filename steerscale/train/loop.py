@@ -109,10 +109,9 @@ class Loop:
         self._window.begin(layout)
         with self._window.time("data"):
             micro_batches = task.micro_batches(progress.consumed_samples, layout.gradient_accumulation_steps)
-        task.engine.seed_dropout(config.seed + progress.step)
         own_hash = task.consumed()
         extra = (float(bool(self.stop)), float(own_hash % HASH_HALF), float(own_hash // HASH_HALF))
-        result = task.engine.train_step(micro_batches, task.forward, lr=lr, extra=extra, timer=self._window.time)
+        result = task.train_step(micro_batches, step=progress.step, lr=lr, extra=extra, timer=self._window.time)
         stop, low, high = result.totals.extra
         self._stopping = stop > 0
         progress.consumed_hash = ConsumedHash.total([int(low), int(high) * HASH_HALF])
@@ -174,7 +173,7 @@ class Loop:
             consumed_samples=progress.consumed_samples,
             consumed_hash=f"{progress.consumed_hash:016x}",
             skipped_total=progress.step - progress.applied_steps,
-            **self._memory(),
+            **self._over_ranks(values["seconds"].get("data")),
         )
         self.recorder.write("train", progress.step, values)
         logger.info("%s", console_line({"step": progress.step, **values}, steps=self.config.train.steps))
@@ -205,10 +204,8 @@ class Loop:
 
     def _save(self) -> bool:
         self._tried_step = self.progress.step
-        model = asdict(self.config.model)
-        return self.store.save(
-            self.progress.step, self.task.engine.fragments, {"progress": asdict(self.progress), "model": model}
-        )
+        state = {"progress": asdict(self.progress), **self.task.state()}
+        return self.store.save(self.progress.step, self.task.fragments, state)
 
     def _stop_agreed(self) -> bool:
         """Whether any rank was asked to stop: an all-reduce of one number, for places outside a step."""
@@ -217,12 +214,20 @@ class Loop:
         self._stopping = self._stopping or bool(flag.item())
         return self._stopping
 
-    def _memory(self) -> dict[str, float]:
-        """Peak memory over the ranks: one all-reduce of two numbers. On CUDA what torch reserved, else resident memory."""
-        peak = _peak_gib(self.context.device)
-        both = torch.tensor([peak, -peak], device=self.context.device)
-        dist.all_reduce(both, op=dist.ReduceOp.MAX)
-        return {"memory_peak_gib_max": both[0].item(), "memory_peak_gib_min": -both[1].item()}
+    def _over_ranks(self, data_seconds: float | None) -> dict[str, float | int]:
+        """Peak memory over the ranks, and the one that waits longest for its data: an all-gather of two numbers a rank.
+
+        Memory is what torch reserved on CUDA, else resident memory. Waiting for data is the one part of a step in which no
+        rank waits for another: where it is long on one of them, that one holds up all.
+        """
+        own = torch.tensor([_peak_gib(self.context.device), data_seconds or 0.0], device=self.context.device)
+        ranks = own.new_empty(dist.get_world_size() * 2)
+        dist.all_gather_into_tensor(ranks, own)
+        peaks, waits = ranks.view(-1, 2).T.tolist()
+        values: dict[str, float | int] = {"memory_peak_gib_max": max(peaks), "memory_peak_gib_min": min(peaks)}
+        if data_seconds is not None:
+            values.update(data_seconds_max=max(waits), data_slowest_rank=waits.index(max(waits)))
+        return values
 
 
 def _due(step: int, interval: int) -> bool:

@@ -30,8 +30,8 @@ class Window:
     def reset(self) -> None:
         """Begin anew."""
         self._loss_sum, self._tokens, self._grad_norm, self._lr, self._size = 0.0, 0, 0.0, 0.0, 0
-        self._steps = self._timed = 0
-        self._seconds = 0.0
+        self._steps = 0
+        self._seconds: list[float] = []
         self._within: dict[str, float] = defaultdict(float)
         self._between: dict[str, float] = defaultdict(float)
         self.uniform = True
@@ -47,8 +47,7 @@ class Window:
         if self._skip > 0:
             self._skip -= 1
         else:
-            self._seconds += self._clock() - self._started
-            self._timed += 1
+            self._seconds.append(self._clock() - self._started)
         self._steps += 1
         self._lr, self._size, self._grad_norm = lr, size, result.grad_norm
         if result.applied:
@@ -70,17 +69,20 @@ class Window:
         """Since the last report; None if there was no step.
 
         Loss over all tokens; gradient norm, learning rate and batch size of the last step; `seconds_per_step` and its
-        sections in `seconds` over the `timed_steps`; `seconds_between_steps` in total.
+        sections in `seconds` over the `timed_steps`, the last ones, whose own times are `step_seconds`;
+        `seconds_between_steps` in total.
         """
         if not self._steps:
             return None
+        timed = len(self._seconds)
         return {
             "loss": self._loss_sum / self._tokens if self._tokens else float("nan"),
             "grad_norm": self._grad_norm,
             "lr": self._lr,
             "global_batch_size": self._size,
-            "seconds_per_step": self._seconds / self._timed if self._timed else None,
-            "timed_steps": self._timed,
-            "seconds": {name: total / self._timed for name, total in self._within.items()} if self._timed else {},
+            "seconds_per_step": sum(self._seconds) / timed if timed else None,
+            "timed_steps": timed,
+            "step_seconds": [round(seconds, 6) for seconds in self._seconds],
+            "seconds": {name: total / timed for name, total in self._within.items()} if timed else {},
             "seconds_between_steps": dict(self._between),
         }

@@ -1,6 +1,7 @@
 """Steps that are skipped, batches that grow, samples that are left out, disks that are full."""
 
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from steerscale.parallel.layout import ParallelLayout
 from steerscale.rundir import read_errors, read_status
 from steerscale.testing.parity import FP32
 from steerscale.testing.ranks import RankPool
-from steerscale.train.config import RampUpConfig, RunConfig, TrainConfig, batch_size_at
+from steerscale.train.config import MetricsConfig, RampUpConfig, RunConfig, TrainConfig, batch_size_at
 from steerscale.train.loop import Loop
 from tests.disks import fill, small_disk
 from tests.train.runs import MODEL, AtStep, Send, Workers, moved, prepare, run_config, train
@@ -220,3 +221,28 @@ def test_run_survives_a_disk_that_is_full_for_a_while(german_data: Path, tmp_pat
         assert steps_there(run_dir) == [3, 9, 12]
         assert [record["step"] for record in read_records(run_dir, "train")] == list(range(1, 13))
         assert read_status(run_dir).state == "finished"
+
+
+def read_slowly(loop: Loop) -> None:
+    """From here on, this rank waits for every step's data."""
+    read = loop.task.micro_batches
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.2)
+        return read(*args)
+
+    loop.task.micro_batches = slow  # type: ignore[method-assign]
+
+
+def test_records_name_the_rank_that_waits_longest_for_its_data(german_data: Path, tmp_path: Path) -> None:
+    metrics = MetricsConfig(interval=2, warmup_steps=1, tensorboard=False)
+    config = run_config(german_data, tmp_path / "run", parallel={"data": 2}, metrics=metrics)
+    config = replace(config, train=TrainConfig(steps=6, eval_interval=0), optim=replace(config.optim, warmup_steps=1))
+    prepare(config)
+    assert Workers(config, AtStep(2, (1,), read_slowly)).join() == [0, 0]
+    _, *records = read_records(tmp_path / "run", "train")
+    assert [record["data_slowest_rank"] for record in records] == [1, 1]
+    for record in records:
+        assert record["data_seconds_max"] >= 0.2 > record["seconds"]["data"]
+        assert min(record["step_seconds"]) >= 0.2
+        assert record["memory_peak_gib_max"] >= record["memory_peak_gib_min"] > 0

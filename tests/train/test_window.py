@@ -63,6 +63,7 @@ def test_times_are_means_over_steps_and_loss_over_tokens(clock: Hand) -> None:
         "global_batch_size": 8,
         "seconds_per_step": 2.0,
         "timed_steps": 2,
+        "step_seconds": [1.0, 3.0],
         "seconds": {"forward-backward": 1.0},
         "seconds_between_steps": {},
     }
@@ -73,11 +74,13 @@ def test_warmup_steps_are_left_out_of_times_but_not_of_the_loss(clock: Hand) -> 
     step(window, clock, 100.0, loss=1.0)
     assert averages(window)["seconds_per_step"] is None
     assert averages(window)["seconds"] == {}
+    assert averages(window)["step_seconds"] == []
     step(window, clock, 100.0, loss=2.0)
     step(window, clock, 1.0, loss=3.0)
     step(window, clock, 2.0, loss=4.0)
     values = averages(window)
     assert (values["seconds_per_step"], values["timed_steps"]) == (1.5, 2)
+    assert values["step_seconds"] == [1.0, 2.0]
     assert values["seconds"] == {"forward-backward": 0.75}
     assert values["loss"] == 2.5
 
