@@ -82,7 +82,8 @@ def _report_failure(run_dir: Path, config: RunConfig, summary: str) -> None:
     with contextlib.suppress(SteerscaleError):
         step = read_status(run_dir).step
     reason = summary.splitlines()[0].removeprefix("FAILED: ")
-    write_status(run_dir, Status(state="failed", step=step, steps=config.train.steps, reason=reason))
+    cause = "oom" if any(error.get("oom") for error in read_errors(run_dir)) else ""
+    write_status(run_dir, Status(state="failed", step=step, steps=config.train.steps, reason=reason, cause=cause))
     print(summary, file=sys.stderr, flush=True)
 
 

@@ -48,6 +48,8 @@ class Status:
     host: str = ""
     reason: str = ""
     """Why it stopped or failed."""
+    cause: str = ""
+    """The kind of failure in a word, where one is known: oom, restarts, cancelled, timeout."""
 
 
 def create_run_dir(run_dir: Path, config: Any, *, command: Sequence[str]) -> bool:
@@ -148,12 +150,22 @@ def write_error(run_dir: Path, rank: int, error: BaseException) -> None:
         "type": type(error).__name__,
         "message": str(error),
         "user_error": isinstance(error, SteerscaleError),
+        "oom": is_out_of_memory(error),
         "traceback": "".join(traceback.format_exception(error)),
     }
     try:
         write_text(path, json.dumps(content))
     except OSError as failure:  # the log has it, if anything has
         logger.warning("%s was not written: %s", path, failure)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, a GPU's or the machine's, or was raised from one that says so."""
+    cause = error.__cause__ or error.__context__
+    # Told by name, since this module knows no torch; its CPU allocator raises a plain RuntimeError.
+    told = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    texts = ("can't allocate memory", "CUDA out of memory", "Cannot allocate memory")
+    return told or any(text in str(error) for text in texts) or (cause is not None and is_out_of_memory(cause))
 
 
 def clear_error(run_dir: Path, rank: int) -> None:

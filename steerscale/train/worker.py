@@ -1,7 +1,8 @@
 """One rank of a run: `python -m steerscale.train.worker RUN_DIR`, started by the launcher, torchrun or srun.
 
 Everything it needs is in the run directory's config.yaml and in torchrun's environment variables (RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Exit status: 0 finished or stopped cleanly, 2 a user's error, 1 anything else.
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or where srun started it in Slurm's own. Exit status: 0 finished or stopped cleanly,
+2 a user's error, 1 anything else.
 """
 
 import argparse
@@ -22,6 +23,13 @@ from steerscale.train.signals import StopRequest
 logger = logging.getLogger("steerscale")
 
 PR_SET_PDEATHSIG = 1
+SLURM_NAMES = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
+}
+"""torchrun's variables by what srun calls them; the address is the job script's to say (`slurm/job.sbatch.template`)."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.parent is not None:
         _die_with(args.parent)
+    _adopt_slurm_ranks()
     rank = int(os.environ.get("RANK", "0"))
     console = _redirect_output(log_path(args.run_dir, rank))
     with _logging_to(sys.stderr, console if rank == 0 else None, rank=rank):
@@ -69,6 +78,12 @@ def _run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> int:
         write_error(run_dir, rank, error)
         return 2 if isinstance(error, SteerscaleError) else 1
     return 0
+
+
+def _adopt_slurm_ranks() -> None:
+    """Say srun's numbers in torchrun's words, where nobody else has given any."""
+    if "RANK" not in os.environ:
+        os.environ.update({ours: os.environ[theirs] for ours, theirs in SLURM_NAMES.items() if theirs in os.environ})
 
 
 def _die_with(parent: int) -> None:
