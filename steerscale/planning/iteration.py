@@ -116,8 +116,8 @@ def predict_iteration(
     slowest = max(head, tail, key=lambda stage: stage.total)
     others = inner.total * max(p - 2, 0) + min(head.total, tail.total) if p > 1 else 0.0
     boundary = _boundary(model, layout, machine, precision, split_boundaries) if p > 1 else 0.0
-    # Each micro-batch goes forward and backward through each chunk: two exchanges, overlapped if interleaved.
-    sends = 2 * boundary * (p - 1 if v > 1 and overlap else m * v)
+    # Each micro-batch goes forward and backward through each chunk: two exchanges. Beside computation they cost their start.
+    sends = 2 * m * v * (machine.efficiency.collective_seconds if v > 1 and overlap else boundary) if p > 1 else 0.0
     hidden = (forward.times(layers / v).total, backward.times(layers / v).total) if overlap else (0.0, 0.0)
     held = max(first, last)
     return IterationTime(
@@ -249,7 +249,9 @@ def _data_parallel(
 
 def _optimizer(layout: ParallelLayout, machine: Machine, parameters: int, distributed_optimizer: bool) -> float:
     owned = parameters / (layout.data if distributed_optimizer else 1)
-    return (OPTIMIZER_TRAFFIC * owned + FP32_BYTES * parameters) / _bytes_per_second(machine)  # and gradients are zeroed
+    return (OPTIMIZER_TRAFFIC * owned + FP32_BYTES * parameters) / _bytes_per_second(
+        machine
+    )  # and gradients are zeroed
 
 
 def _product(machine: Machine, *, flops: float, moved: float) -> _Pass:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from steerscale.config import from_mapping, load_yaml, require
 from steerscale.errors import ConfigError
+from steerscale.planning.cluster import ClusterConfig
 from steerscale.planning.hardware import DEVICES, Precision, find_device
 
 ALIASES = {
@@ -35,8 +36,9 @@ NIC_GB_PER_SECOND = 25.0
 class Efficiency:
     """Shares of datasheet figures that programs reach, and fixed costs; what `steerscale plan --calibrate` fits."""
 
-    matmul: float = 0.80
-    """Of the peak, in a matrix product large enough that its memory traffic is small beside it."""
+    matmul: float = 0.88
+    """Of the peak, in a matrix product without its memory traffic; 0.88 is fitted to the A100 figures of SC21 and arXiv
+    2205.05198 (benchmarks/planner_accuracy.py) and only assumed of other devices."""
     attention: float = 0.5
     """Of the peak, in a fused attention kernel (FlashAttention-2, arXiv 2307.08691, reports 0.5 to 0.73)."""
     memory: float = 0.80
@@ -126,6 +128,31 @@ def machine_of(
         intra_node_gb_per_second=intra_node_gb_per_second or LINK_GB_PER_SECOND[key],
         inter_node_gb_per_second=inter_node_gb_per_second or NIC_GB_PER_SECOND,
     )
+
+
+def machine_of_cluster(
+    cluster: ClusterConfig, *, device: str | None = None, precision: Precision = "bf16", notes: list[str] | None = None
+) -> Machine:
+    """The machine of a cluster profile. Where the profile does not know a link, the datasheet's or a usual one is taken and
+    a sentence about it added to `notes`.
+
+    Raises ConfigError if neither the profile nor `device` says which GPUs it has.
+    """
+    name = device or cluster.device
+    if name is None:
+        raise ConfigError(f"cluster {cluster.name} does not say which GPUs it has: set cluster.device, or give --gpu")
+    machine = machine_of(
+        name,
+        precision=precision,
+        name=f"{device_key(name)} ({cluster.name})",
+        gpus_per_node=cluster.gpus_per_node,
+        intra_node_gb_per_second=cluster.intra_node_gb_per_second,
+        inter_node_gb_per_second=cluster.inter_node_gb_per_second,
+    )
+    for key in ("intra_node_gb_per_second", "inter_node_gb_per_second"):
+        if getattr(cluster, key) is None and notes is not None:
+            notes.append(f"{getattr(machine, key):g} GB/s for cluster.{key}, which the profile leaves open")
+    return machine
 
 
 def group_bandwidth(machine: Machine, *, size: int, stride: int) -> float:
