@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -108,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     )
     planned = plan_layouts(task, search)
     if not args.json:
-        print(format_plan(task, planned, top=args.top, rejected=args.rejected, assumptions=assumptions))
+        _print(format_plan(task, planned, top=args.top, rejected=args.rejected, assumptions=assumptions))
         return
     from steerscale.config import to_mapping
 
@@ -125,7 +127,14 @@ def run(args: argparse.Namespace) -> None:
     }
     if args.rejected:
         answer["rejections"] = [vars(entry) for entry in planned.rejections]
-    print(json.dumps(answer, indent=1))
+    _print(json.dumps(answer, indent=1))
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; nothing is left to flush at the end into a closed pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _model(args: argparse.Namespace, assumptions: list[str]) -> "ModelConfig":

@@ -67,7 +67,7 @@ def calibrate(machine: Machine, runs: Sequence[Measurement], *, constants: Seque
     """
     if not runs:
         raise ConfigError("no run has a measured time: a run needs steps after its warm-up (metrics.warmup_steps)")
-    names = list(constants) if constants is not None else list(ORDER[: max(1, len(runs) // 2)])
+    names: list[str] = list(constants) if constants is not None else list(ORDER[: max(1, len(runs) // 2)])
     start = {name: max(getattr(machine.efficiency, name), SMALLEST_SECONDS) for name in names}
 
     def loss(values: dict[str, float]) -> float:

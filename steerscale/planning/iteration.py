@@ -26,8 +26,8 @@ LOGIT_BYTES = 40
 ACCUMULATION_BYTES = 8
 """Traffic of a parameter in each backward pass: its fp32 gradient is read and written."""
 OPTIMIZER_TRAFFIC = 42
-"""Traffic of a parameter in the optimizer step, by the rank that updates it: norm and clipping (12), AdamW in fp32 (28: gradient,
-main parameter and both moments read, the latter three written), the new 16-bit weight (2)."""
+"""Traffic of a parameter in the optimizer step, by the rank that updates it: norm and clipping (12), AdamW in fp32 (28:
+gradient, main parameter and both moments read, the latter three written), the new 16-bit weight (2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
