@@ -12,15 +12,13 @@ from steerscale.models.gpt import build_chunks, transformer_config
 from steerscale.optim import learning_rate
 from steerscale.parallel.context import initialize
 from steerscale.parallel.layout import ParallelLayout
+from steerscale.planning.fit import usable_gib
 from steerscale.planning.flops import model_flops_per_token
 from steerscale.planning.hardware import DEVICES
-from steerscale.planning.memory import MemoryEstimate, estimate_memory, shard_parameters, unique_parameters
+from steerscale.planning.memory import PARTS, MemoryEstimate, estimate_memory, shard_parameters, unique_parameters
 from steerscale.train.config import RunConfig, total_samples, wsd_decay_steps
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 UNITS = {"MiB": 2**20, "GiB": 2**30}
-HEADROOM = 0.9
-"""Share of a device's memory that an estimate may fill; the rest is for what it leaves out."""
 
 
 def show_plan(config: RunConfig) -> str:
@@ -36,7 +34,7 @@ def show_plan(config: RunConfig) -> str:
         "",
         "The shards were built, without memory, and hold exactly these parameters. Weights to total: estimated "
         f"{unit} at the",
-        "fullest moment, without the allocator's fragmentation, kernels' workspaces and communication buffers.",
+        "fullest moment, without the CUDA context, NCCL's buffers and the allocator's fragmentation.",
     ]
     return "\n".join(lines)
 
@@ -156,12 +154,12 @@ def _pipeline(layout: ParallelLayout) -> str:
 def _memory(config: RunConfig) -> str:
     stage, estimate = _fullest(config)
     sizes = sorted({device.memory_gib for device in DEVICES.values()})
-    fitting = [f"{size:g}" for size in sizes if estimate.total_gib <= HEADROOM * size]
+    fitting = [f"{size:g}" for size in sizes if estimate.total_gib <= usable_gib(size)]
     verdict = (
         f"fits devices of {', '.join(fitting)} GiB" if fitting else f"too much for any device up to {sizes[-1]:g} GiB"
     )
     unit = _unit(config)
-    return f"{estimate.total / UNITS[unit]:,.2f} {unit} a rank on the fullest stage ({stage}); {verdict}, a tenth left free"
+    return f"{estimate.total / UNITS[unit]:,.2f} {unit} a rank on the fullest stage ({stage}); {verdict}, with a margin"
 
 
 def _unit(config: RunConfig) -> str:

@@ -23,6 +23,7 @@ import yaml
 from launch.caution import warnings_about
 from launch.check import check_config
 from launch.compose import compose_config, groups, options, parse_overrides
+from launch.fit import refuse_oversized
 from launch.sweep import plan_sweep, run_sweep
 from steerscale.config import dump_yaml
 from steerscale.errors import ConfigError, SteerscaleError
@@ -66,6 +67,7 @@ def launch(config: RunConfig) -> int:
 
         _print(show_plan(config))
         return 0
+    refuse_oversized(config)
     from launch.local import run_local
 
     run_dir = Path(config.run_dir)

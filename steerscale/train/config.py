@@ -98,6 +98,8 @@ class LauncherConfig:
     """A collective that takes longer ends the run: a rank has died or hangs."""
     grace_seconds: float = 120.0
     """After a stop signal, time for the ranks to finish the step and write a checkpoint before they are killed."""
+    force: bool = False
+    """Start a run although the planner says that it does not fit the GPUs' memory."""
     ranks: list[int] = field(default_factory=lambda: [0])
     """dry_run: global ranks whose shard is built and shown."""
 
