@@ -10,10 +10,8 @@ import yaml
 
 from steerscale.errors import ConfigError, SteerscaleError
 from steerscale.rundir import read_config
-from steerscale.train.config import RunConfig
+from steerscale.train.config import FREE_MODEL_KEYS, RunConfig
 
-FREE_MODEL_KEYS = ("dropout", "attention_dropout", "init_std")
-"""Model settings that no tensor of a checkpoint depends on."""
 OTHER_ORDER = "training goes on at the same position of another order of samples: some may come twice, some never"
 MEANINGS = {
     "seed": OTHER_ORDER,

@@ -6,9 +6,10 @@ through the same lines.
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from steerscale.parallel.megatron import (
     TransformerConfig,
     clip_grad_by_total_norm_fp32,
     finalize_model_grads,
+    forward_backward_no_pipelining,
     get_forward_backward_func,
     get_megatron_optimizer,
     tensor_parallel,
@@ -51,6 +53,8 @@ class Totals:
 
     loss_sum: float
     tokens: int
+    reported: tuple[float, ...] = ()
+    """What the loss function reported beside these two."""
     extra: tuple[float, ...] = ()
     """The caller's own numbers, summed over all ranks."""
 
@@ -68,6 +72,8 @@ class StepResult:
     grad_norm: float
     applied: bool
     """False when a loss or gradient was not finite: parameters and optimizer state are as before."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The task's own measurements of this step."""
 
 
 class MegatronEngine:
@@ -77,6 +83,7 @@ class MegatronEngine:
         chunks: this rank's model chunks (several under interleaving), initialised.
         shards: every parameter of the chunks with its place in the whole model.
         config: Megatron-Core's configuration, shared by the chunks; the engine adds its hooks to it.
+        num_reported: numbers that the loss function reports beside the sum of losses and the tokens.
     """
 
     def __init__(
@@ -88,8 +95,10 @@ class MegatronEngine:
         engine: EngineConfig,
         optim: OptimConfig,
         context: ParallelContext,
+        num_reported: int = 0,
     ) -> None:
         self.context, self.config, self.optim = context, config, optim
+        self._num_reported = num_reported
         on_cuda = context.device.type == "cuda"
         bf16 = engine.precision == "bf16"
         overlap = engine.overlap and on_cuda
@@ -109,6 +118,7 @@ class MegatronEngine:
                 Float16Module(config, chunk) if bf16 else chunk,
                 # Only the first chunk's reduction can overlap with a backward that still runs.
                 disable_bucketing=index > 0,
+                pg_collection=context.groups,
             )
             for index, chunk in enumerate(chunks)
         ]
@@ -128,10 +138,14 @@ class MegatronEngine:
             ),
             [*self.chunks],
             use_gloo_process_groups=False,
+            pg_collection=context.groups,
         )
         _prepare_torch_adam(self.optimizer)
         self._connect(overlap)
         self._schedule: Callable[..., list[torch.Tensor]] = get_forward_backward_func()
+        if context.layout.pipeline == 1:
+            # Not what Megatron-Core's globals say: a stage of a pipeline may be a world of its own here.
+            self._schedule = partial(forward_backward_no_pipelining, pg_collection=context.groups)
         # Sequence parallelism draws from Megatron-Core's generators even where nothing is dropped: they have to exist.
         self.seed_dropout(0)
 
@@ -217,14 +231,20 @@ class MegatronEngine:
 
     def _total(self, reports: list[torch.Tensor], extra: tuple[float, ...]) -> Totals:
         # Doubles: token counts and hash parts of a thousand ranks stay exact.
-        sums = torch.zeros(2 + len(extra), dtype=torch.float64, device=self.context.device)
+        own = 2 + self._num_reported
+        sums = torch.zeros(own + len(extra), dtype=torch.float64, device=self.context.device)
         if reports and self.context.counts_once:
-            sums[:2] = torch.stack(reports).double().sum(dim=0)
+            sums[:own] = torch.stack(reports).double().sum(dim=0)
         if extra:
-            sums[2:] = torch.tensor(extra, dtype=torch.float64)
-        dist.all_reduce(sums)
+            sums[own:] = torch.tensor(extra, dtype=torch.float64)
+        dist.all_reduce(sums, group=self.context.world)
         loss_sum, tokens, *rest = sums.tolist()
-        return Totals(loss_sum=loss_sum, tokens=int(tokens) if math.isfinite(tokens) else 0, extra=tuple(rest))
+        return Totals(
+            loss_sum=loss_sum,
+            tokens=int(tokens) if math.isfinite(tokens) else 0,
+            reported=tuple(rest[: self._num_reported]),
+            extra=tuple(rest[self._num_reported :]),
+        )
 
     def _clip(self, grad_norm: float) -> None:
         if self.optim.clip > 0:

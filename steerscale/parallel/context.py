@@ -7,7 +7,7 @@ the groups (`parallel_state`); models and engines of ours read the context only.
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -28,6 +28,8 @@ class ParallelContext:
     device: torch.device
     groups: ProcessGroupCollection = field(repr=False)
     """Megatron-Core's ProcessGroupCollection: .tp .pp .dp .mp .embd ... of this rank."""
+    world: dist.ProcessGroup | None = field(default=None, repr=False)
+    """All ranks of `layout`; None: every process."""
 
     @property
     def at(self) -> Coordinates:
@@ -48,6 +50,21 @@ class ParallelContext:
     def counts_once(self) -> bool:
         """True on exactly one rank of each replica: the last stage's first tensor rank, where the loss is counted."""
         return self.is_last_stage and self.at.tensor == 0
+
+
+def stage_context(context: ParallelContext) -> ParallelContext:
+    """This rank's pipeline stage as a world of its own: the same tensor and data groups, one stage, ranks counted within it.
+
+    What lives on one stage only, an SAE on a layer's activations, trains there without the other stages.
+    """
+    layout = context.layout
+    if layout.pipeline == 1:
+        return context
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.pp = groups.embd = groups.pos_embd = groups.cp  # of context parallelism there is none: this rank alone
+    groups.mp, groups.intra_dist_opt = groups.tp, groups.tp_dp_cp
+    alone = replace(layout, pipeline=1, virtual_pipeline=1)
+    return replace(context, layout=alone, rank=context.rank % alone.world_size, groups=groups, world=groups.tp_dp_cp)
 
 
 @contextlib.contextmanager

@@ -117,6 +117,10 @@ class LauncherConfig:
         )
 
 
+FREE_MODEL_KEYS = ("dropout", "attention_dropout", "init_std")
+"""Model settings that no tensor of a checkpoint depends on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything about one run."""

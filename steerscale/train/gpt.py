@@ -1,16 +1,18 @@
 """Training a GPT: the model, its data and its throughput, behind the loop's `Task`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from steerscale.checkpoint.fragments import Fragment, FragmentReader
 from steerscale.data.consumed import ConsumedHash
 from steerscale.data.dataset import SampleStream
 from steerscale.data.loader import MicroBatch, MicroBatchLoader
-from steerscale.engines.megatron import MegatronEngine, Totals
+from steerscale.engines.megatron import MegatronEngine, StepResult, Timer, Totals
 from steerscale.errors import ConfigError
 from steerscale.models.gpt import build_chunks, transformer_config
 from steerscale.models.hf.load import load_hf
@@ -18,7 +20,8 @@ from steerscale.models.sharding import initialize_parameters, named_shards
 from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.planning.throughput import throughput
-from steerscale.train.config import RunConfig
+from steerscale.train.config import FREE_MODEL_KEYS, RunConfig
+from steerscale.train.task import check_same
 
 EVAL_CHUNK = 8
 """Micro-batches (times stages) an evaluation holds at once."""
@@ -53,6 +56,13 @@ class GPTTask:
         output = chunk(batch.tokens_BS, batch.positions_BS, batch.documents_BS, batch.labels_BS)
         return output, lambda losses_BS: sum_losses(losses_BS, batch.loss_mask_BS)
 
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], *, step: int, lr: float, extra: tuple[float, ...], timer: Timer
+    ) -> StepResult:
+        """One optimizer step, with dropout of its own."""
+        self.engine.seed_dropout(self.config.seed + step)
+        return self.engine.train_step(micro_batches, self.forward, lr=lr, extra=extra, timer=timer)
+
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float]:
         """Loss a token, perplexity and bits per byte on the held-out split."""
         if self._valid is None:
@@ -86,8 +96,18 @@ class GPTTask:
         """Every replica's samples once: the first tensor rank of the last stage counts them."""
         return self._consumed.value if self.context.counts_once else 0
 
-    def resume(self, consumed_hash: int) -> None:
-        """One rank goes on from the total; the others begin at 0."""
+    def fragments(self) -> list[Fragment]:
+        """Weights and optimizer state."""
+        return self.engine.fragments()
+
+    def state(self) -> dict[str, Any]:
+        """The model's shape."""
+        return {"model": asdict(self.config.model)}
+
+    def resume(self, state: dict[str, Any], reader: FragmentReader, *, applied_steps: int, consumed_hash: int) -> None:
+        """Take over weights and optimizer state; one rank goes on from the total of the hash, the others begin at 0."""
+        check_same(state["model"], asdict(self.config.model), at="model", free=FREE_MODEL_KEYS)
+        self.engine.load(reader, optimizer_steps=applied_steps)
         first = self.context.counts_once and self.context.at.data == 0
         self._consumed.value = consumed_hash if first else 0
 

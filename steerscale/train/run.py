@@ -7,7 +7,6 @@ import logging
 import platform
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -100,20 +99,13 @@ def _resume(config: RunConfig, store: CheckpointStore, task: Task) -> Progress:
     if checkpoint is None:
         return Progress()
     state, reader = load_state(checkpoint)
-    now = asdict(config.model)
-    differing = [key for key, value in state["model"].items() if now.get(key) != value and key not in _FREE_MODEL_KEYS]
-    if differing:
-        listed = ", ".join(f"model.{key}: {state['model'][key]} there, {now.get(key)} here" for key in differing)
-        raise CheckpointError(f"{checkpoint} is of another model ({listed}): choose another run_dir or name")
     progress = Progress(**state["progress"])
-    task.engine.load(reader, optimizer_steps=progress.applied_steps)
-    task.resume(progress.consumed_hash)
+    try:
+        task.resume(state, reader, applied_steps=progress.applied_steps, consumed_hash=progress.consumed_hash)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
     logger.info("resumed from %s", checkpoint)
     return progress
-
-
-_FREE_MODEL_KEYS = ("dropout", "attention_dropout", "init_std")
-"""Settings that no tensor depends on."""
 
 
 def _announce(config: RunConfig, context: ParallelContext, progress: Progress, recorder: Recorder) -> None:

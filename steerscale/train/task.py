@@ -1,28 +1,28 @@
-"""What the training loop needs to know of what it trains: a GPT now, an SAE on its activations the same way."""
+"""What the training loop needs to know of what it trains: a GPT, or SAEs on its activations the same way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
-
-from steerscale.engines.megatron import MegatronEngine
+from steerscale.checkpoint.fragments import Fragment, FragmentReader
+from steerscale.engines.megatron import StepResult, Timer
+from steerscale.errors import CheckpointError
 from steerscale.parallel.layout import ParallelLayout
 
 
 class Task(Protocol):
-    """A model and its data, ready to train."""
-
-    engine: MegatronEngine
+    """A model, its optimizer and its data, ready to train. All ranks call every method together."""
 
     def micro_batches(self, consumed_samples: int, num_micro_batches: int) -> Sequence[Any]:
         """This replica's part of the step that begins after `consumed_samples` samples."""
         ...
 
-    def forward(self, micro_batch: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
-        """Run a micro-batch through a model chunk; see `engines.megatron.Forward`."""
+    def train_step(
+        self, micro_batches: Sequence[Any], *, step: int, lr: float, extra: tuple[float, ...], timer: Timer
+    ) -> StepResult:
+        """Optimizer step number `step`, counted from 0; see `engines.megatron.MegatronEngine.train_step`."""
         ...
 
-    def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float]:
+    def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, Any]:
         """Measurements on held-out data, on every rank alike; empty where there is none or a stop was asked for."""
         ...
 
@@ -34,10 +34,29 @@ class Task(Protocol):
         """This rank's part of the hash of all samples consumed so far; the ranks' parts are added."""
         ...
 
-    def resume(self, consumed_hash: int) -> None:
-        """Continue the hash of a checkpoint."""
+    def fragments(self) -> list[Fragment]:
+        """This rank's part of the tensors of a checkpoint."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """The rest of a checkpoint, as JSON: what is trained under "model", and whatever else a resume needs."""
+        ...
+
+    def resume(self, state: dict[str, Any], reader: FragmentReader, *, applied_steps: int, consumed_hash: int) -> None:
+        """Go on from a checkpoint of any layout. Raises CheckpointError if it is of something else."""
         ...
 
     def close(self) -> None:
-        """Stop background work."""
+        """Stop background work and let go of the model."""
         ...
+
+
+def check_same(there: Mapping[str, Any], here: Mapping[str, Any], *, at: str, free: Collection[str] = ()) -> None:
+    """Raise CheckpointError if a checkpoint's description of what it holds differs from what is trained here.
+
+    `at` is the dotted key of both. Keys in `free` may differ, and what a later version added is not held against an older checkpoint.
+    """
+    differing = [key for key, value in there.items() if here.get(key) != value and key not in free]
+    if differing:
+        listed = ", ".join(f"{at}.{key}: {there[key]} there, {here.get(key)} here" for key in differing)
+        raise CheckpointError(f"the checkpoint is of another model ({listed}): choose another run_dir or name")

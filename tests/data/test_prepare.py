@@ -121,7 +121,7 @@ def test_interrupt_leaves_nothing(tokenizer_directory, tmp_path):
     # Ctrl-C in a terminal signals the command and its workers alike.
     script = "import sys; from steerscale.cli import main; sys.exit(main())"
     file = tmp_path / "text.txt"
-    file.write_text("\n".join(TEXTS) * 2000)
+    file.write_text("\n".join(TEXTS) * 40_000)
     arguments = ["data", "prepare", str(file), "--tokenizer", str(tokenizer_directory), "-o", str(tmp_path / "out")]
     process = subprocess.Popen(
         [sys.executable, "-c", script, *arguments, "--workers", "2"], stderr=subprocess.PIPE, start_new_session=True

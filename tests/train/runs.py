@@ -17,7 +17,6 @@ from steerscale.checkpoint.config import CheckpointConfig
 from steerscale.checkpoint.fragments import FragmentReader
 from steerscale.checkpoint.store import checkpoints
 from steerscale.data.config import DataConfig
-from steerscale.engines.megatron import MegatronEngine
 from steerscale.metrics import read_records
 from steerscale.models.config import ModelConfig
 from steerscale.optim import OptimConfig
@@ -25,6 +24,7 @@ from steerscale.parallel.layout import ParallelConfig
 from steerscale.rundir import create_run_dir
 from steerscale.testing.ranks import PRELOAD, START_METHOD
 from steerscale.train.config import MetricsConfig, RunConfig, TrainConfig
+from steerscale.train.gpt import GPTTask
 from steerscale.train.loop import Loop
 from steerscale.train.run import run
 from steerscale.train.signals import StopRequest
@@ -136,7 +136,7 @@ class AtStep:
 
     def __call__(self, rank: int) -> None:
         """Called in the process of `rank`."""
-        before = MegatronEngine.seed_dropout
+        before = GPTTask.consumed
         loops: list[Loop] = []
         step = Loop._step
 
@@ -144,13 +144,13 @@ class AtStep:
             loops[:] = [loop]
             step(loop)
 
-        def act(engine: MegatronEngine, seed: int) -> None:
+        def act(task: GPTTask) -> int:
             if loops and loops[0].progress.step + 1 == self.step and rank in self.ranks:
                 self.action(loops[0])
-            before(engine, seed)
+            return before(task)
 
         Loop._step = remember
-        MegatronEngine.seed_dropout = act
+        GPTTask.consumed = act
 
 
 @dataclass(frozen=True)
