@@ -120,7 +120,7 @@ def topk_across(values_BN: torch.Tensor, k: int, group: dist.ProcessGroup | None
     """
     rows, latents = values_BN.shape
     ranks = 1 if group is None else dist.get_world_size(group)
-    if ranks == 1:
+    if group is None or ranks == 1:
         best = top_rows(values_BN, min(k, latents))
         return _from_prefixes(best, torch.full((rows,), best.shape[1], device=best.device), latents)
     offered = min(k, latents, -(-2 * k // ranks))
@@ -156,14 +156,14 @@ def _agree(offers_BM: torch.Tensor, k: int, *, more: bool, group: dist.ProcessGr
     if more:
         counts.masked_fill_((counts == offered).any(dim=1, keepdim=True), -1)
     answers = counts.t().contiguous()
-    answered = torch.empty_like(answers)
+    answered = answers.new_empty(answers.shape)
     _all_to_all(answered, answers, group)
     return answered.reshape(-1)[:rows].long()
 
 
 def _all_to_all(received: torch.Tensor, sent: torch.Tensor, group: dist.ProcessGroup) -> None:
     # As bytes: gloo knows few types, and nothing is computed on the way.
-    dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8), group=group)
+    dist.all_to_all_single(received.view(-1).view(torch.uint8), sent.view(-1).view(torch.uint8), group=group)
 
 
 def _from_prefixes(best_BM: torch.Tensor, counts: torch.Tensor, num_latents: int) -> Selection:

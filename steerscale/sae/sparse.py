@@ -101,13 +101,12 @@ class _Decode(torch.autograd.Function):
         (d_out_BD,) = grads
         values, W_dec_ND = ctx.saved_tensors
         selection: Selection = ctx.selection
-        d_values = d_W = None
-        if ctx.needs_input_grad[0] or (ctx.project and ctx.needs_input_grad[1]):
-            d_values = kernels.pair_products(d_out_BD, selection, W_dec_ND)
+        d_values = kernels.pair_products(d_out_BD, selection, W_dec_ND)
+        d_W = None
         if ctx.needs_input_grad[1]:
             d_W = kernels.sum_tokens(values, selection, d_out_BD)
             if ctx.project:
                 along = kernels.sum_entries(values * d_values, selection)
                 d_W.addcmul_(W_dec_ND.to(d_W.dtype), along[:, None].to(d_W.dtype), value=-1)
             d_W = d_W.to(W_dec_ND.dtype)
-        return d_values.to(values.dtype) if ctx.needs_input_grad[0] else None, d_W, None, None
+        return d_values.to(values.dtype), d_W, None, None
