@@ -55,10 +55,10 @@ def machine_of_run(config: RunConfig) -> Machine | None:
     return None if cluster is None or cluster.device is None else machine_of_cluster(cluster)
 
 
-def local_device(directory: Path = NVIDIA) -> str | None:
+def local_device(directory: Path | None = None) -> str | None:
     """Name of this machine's GPUs as the driver tells it, without importing torch; None: no GPU, several kinds, or unknown."""
     names = set()
-    for path in directory.glob("*/information"):
+    for path in (directory or NVIDIA).glob("*/information"):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         names |= {line.partition(":")[2].strip() for line in lines if line.startswith("Model:")}
     (name, *others) = names or {""}
