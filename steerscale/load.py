@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from steerscale.checkpoint.store import PREFIX, find_damage, load_state, step_of
 from steerscale.config import from_mapping
@@ -39,16 +40,23 @@ def newest_checkpoint(run_dir: Path) -> Path:
     raise CheckpointError(f"{run_dir} holds no whole checkpoint: train it first, or name another run directory")
 
 
-def load_gpt(run_dir: Path, context: ParallelContext, *, checkpoint: Path | None = None) -> TrainedGPT:
+def load_gpt(
+    run_dir: Path,
+    context: ParallelContext,
+    *,
+    checkpoint: Path | None = None,
+    precision: Literal["fp32", "bf16"] | None = None,
+) -> TrainedGPT:
     """Build the model of a run on `context` and read its weights, each rank only its own part.
 
     Args:
         checkpoint: a checkpoint directory; None: the run's newest.
+        precision: of parameters and activations; None: the run's.
     """
     config = from_mapping(RunConfig, read_config(run_dir))
     context.layout.check_model(config.model)
     checkpoint = checkpoint or newest_checkpoint(run_dir)
-    transformer = transformer_config(config.model, context, precision=config.engine.precision)
+    transformer = transformer_config(config.model, context, precision=precision or config.engine.precision)
     chunks = build_chunks(config.model, transformer, context)
     _, reader = load_state(checkpoint)
     load_weights(list(named_shards(chunks)), context, reader)

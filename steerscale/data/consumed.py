@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from steerscale.data.order import mix
+
 MODULUS = 2**61
 """Divides 2^64: ranks may add their parts in int64, overflow and all, and take the sum modulo this."""
 
@@ -25,6 +27,11 @@ class ConsumedHash:
         for sample in zip(positions.tolist(), corpora.tolist(), starts.tolist()):
             digest = hashlib.blake2b(struct.pack("<3q", *sample), digest_size=8).digest()
             self.value = (self.value + int.from_bytes(digest, "little")) % MODULUS
+
+    def add_ids(self, ids: np.ndarray) -> None:
+        """Add samples known by one number each, int64 [N]: activation vectors, too many for a digest of bytes each."""
+        digests = mix(mix(ids.astype(np.uint64)) + np.uint64(1))
+        self.value = (self.value + int(digests.sum(dtype=np.uint64))) % MODULUS
 
     @staticmethod
     def total(parts: Iterable[int]) -> int:

@@ -1,0 +1,51 @@
+"""What a user writes under `stream:`. Torch-free."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from steerscale.config import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """Where activations come from, and how they are shuffled."""
+
+    lm: str
+    """The language model: a run directory of ours, or a Hugging Face model directory."""
+    lm_kind: Literal["auto", "gpt", "transformers"] = "auto"
+    """gpt: our GPT, sharded over the run's layout, hooks like blocks.3.hook_resid_post; transformers: any model transformers
+    can load, whole on every tensor rank, hooks are module paths like model.layers.3; auto: gpt wherever that is possible."""
+    checkpoint: str | None = None
+    """Checkpoint directory of the run; null: its newest."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the language model, whatever the SAE trains in; auto: the run's own, or the one its Hugging Face files are in."""
+    seq_len: int | None = None
+    """Tokens of a sequence the model reads; null: as long as it was made for."""
+    micro_batch_size: int = 8
+    """Sequences in one forward pass of the language model on one replica; at most a lane's block is run at once."""
+    lanes: int = 16
+    """Independent sequences of blocks that batches are dealt from, in equal parts. A multiple of parallel.data, and a divisor
+    of the global batch. Part of the order: runs with another number see the vectors in another order."""
+    buffer_gib: float = 1.0
+    """Size of the shuffle buffer in GiB, all ranks of the run together, all hooks; half of it is being consumed while the
+    other half is filled. Part of the order."""
+    buffer_device: Literal["device", "host"] = "device"
+    """Whose memory holds the buffer."""
+    buffer_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the buffered vectors; auto: the language model's."""
+    drop_special: bool = True
+    """Leave out begin, end, padding and unknown tokens: their activations are outliers that no feature explains."""
+    drop_first: int = 0
+    """Leave out so many first positions of each sequence."""
+    overlap: bool = True
+    """On CUDA, run the language model on a stream of its own beside training."""
+    cache: str | None = None
+    """Directory that keeps activations between runs; for small cases: every token takes its width times its bytes."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.lm.strip()), "stream.lm must name a run directory or a Hugging Face model directory, got ''")
+        for name in ("micro_batch_size", "lanes"):
+            require(getattr(self, name) >= 1, f"stream.{name} must be at least 1, got {getattr(self, name)}")
+        require(self.seq_len is None or self.seq_len >= 1, f"stream.seq_len must be positive, got {self.seq_len}")
+        require(self.buffer_gib > 0, f"stream.buffer_gib must be positive, got {self.buffer_gib}")
+        require(self.drop_first >= 0, f"stream.drop_first must not be negative, got {self.drop_first}")
