@@ -1,33 +1,21 @@
-"""A table of runs for the terminal. Torch-free."""
+"""Tables of runs: for the terminal, for documents, for programs. Torch-free."""
 
-from collections.abc import Callable, Sequence
+import csv
+import io
+from collections.abc import Sequence
 
-from steerscale.dashboard.runs import Run
-from steerscale.metrics import format_seconds
+from steerscale.dashboard.figures import BY_KEY, FIGURES, Figure, figures_of, write
+from steerscale.dashboard.runs import BrokenRun, Run, flatten
 
-Column = tuple[str, Callable[[Run], str]]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-COLUMNS: list[Column] = [
-    ("run", lambda run: run.name),
-    ("layout", lambda run: run.layout),
-    ("state", lambda run: run.state),
-    ("step", lambda run: f"{run.step:,}"),
-    ("loss", lambda run: _number(run.last("loss"), ".3f")),
-    ("valid", lambda run: _number(run.last_evaluation("loss"), ".3f")),
-    ("bits/byte", lambda run: _number(run.last_evaluation("bits_per_byte"), ".3f")),
-    ("s/step", lambda run: "-" if (s := run.median("seconds_per_step")) is None else format_seconds(s)),
-    ("tok/s/rank", lambda run: _number(run.median("tokens_per_second_per_gpu"), ",.0f")),
-    ("model TFLOP/s", lambda run: _number(run.median("model_tflops_per_gpu"), ".3g")),
-    ("legacy TFLOP/s", lambda run: _number(run.median("legacy_tflops_per_gpu"), ".3g")),
-    ("MFU", lambda run: _number(run.median("mfu"), ".1%")),
-    ("bubble", lambda run: _number(run.last("bubble_fraction"), ".1%")),
-    ("GiB max", lambda run: _number(run.last("memory_peak_gib_max"), ".2f")),
-]
+COLUMNS: tuple[Figure, ...] = tuple(
+    BY_KEY[key]
+    for key in (
+        *("run", "layout", "state", "step", "loss", "valid_loss", "bits_per_byte", "seconds_per_step"),
+        *("tokens_per_second_per_gpu", "model_tflops_per_gpu", "legacy_tflops_per_gpu", "mfu", "bubble_fraction"),
+        "memory_peak_gib_max",
+    )
+)
+"""What fits beside each other in a terminal."""
 
 NOTES = (
     "medians over the reports of each run, warm-up excluded; TFLOP/s per rank: model = exact model FLOPs, legacy = the "
@@ -35,9 +23,9 @@ NOTES = (
 )
 
 
-def format_table(runs: Sequence[Run]) -> str:
-    """Runs as rows, figures as columns, and what the figures are."""
-    rows = [[title for title, _ in COLUMNS], *([show(run) for _, show in COLUMNS] for run in runs)]
+def format_table(runs: Sequence[Run], broken: Sequence[BrokenRun] = ()) -> str:
+    """Runs as rows, figures as columns, and what the figures are; then what could not be read."""
+    rows = [[figure.title for figure in COLUMNS], *([write(f, f.value(run)) for f in COLUMNS] for run in runs)]
     widths = [max(len(row[index]) for row in rows) for index in range(len(COLUMNS))]
     lines = [
         "  ".join(
@@ -45,14 +33,43 @@ def format_table(runs: Sequence[Run]) -> str:
         )
         for row in rows
     ]
-    return "\n".join([*lines, "", NOTES])
+    return "\n".join([*lines, "", NOTES, *(f"not read: {entry.path}: {entry.reason}" for entry in broken)])
 
 
 def format_evaluations(run: Run) -> str:
     """How the loss on held-out text went."""
     lines = [f"{'step':>8}  {'valid loss':>10}  {'perplexity':>10}  {'bits/byte':>9}"]
     lines += [
-        f"{record['step']:>8,}  {record['loss']:>10.4f}  {record['perplexity']:>10,.1f}  {record['bits_per_byte']:>9.4f}"
+        f"{record['step']:>8,}  "
+        + "  ".join(
+            "-".rjust(width) if record.get(key) is None else format(record[key], f">{width},{digits}")
+            for key, width, digits in (("loss", 10, ".4f"), ("perplexity", 10, ".1f"), ("bits_per_byte", 9, ".4f"))
+        )
         for record in run.evaluations
     ]
     return "\n".join(lines)
+
+
+def format_markdown(runs: Sequence[Run], broken: Sequence[BrokenRun] = ()) -> str:
+    """A Markdown table of the figures a report shows, and what could not be read."""
+    shown = [figure for figure in FIGURES if figure.shown]
+    rows = [[figure.title for figure in shown], ["---" if not figure.form else "---:" for figure in shown]]
+    rows += [[_cell(write(figure, figure.value(run))) for figure in shown] for run in runs]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, "", NOTES, *(f"- not read: {_cell(f'{b.path}: {b.reason}')}" for b in broken)])
+
+
+def format_csv(runs: Sequence[Run]) -> str:
+    """All figures and all configuration keys, unrounded, a run a line; empty is unknown."""
+    configs = [flatten(run.config) for run in runs]
+    keys = sorted({key for config in configs for key in config})
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["path", *(figure.key for figure in FIGURES), *(f"config.{key}" for key in keys)])
+    for run, config in zip(runs, configs):
+        writer.writerow([run.path, *figures_of(run).values(), *(config.get(key) for key in keys)])
+    return file.getvalue()
+
+
+def _cell(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

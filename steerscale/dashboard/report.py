@@ -1,0 +1,137 @@
+"""Runs as one self-contained HTML page: data, style and scripts inside, nothing fetched from anywhere. Torch-free.
+
+Everything that comes from a run travels as JSON and is put into the page as text, never as markup. The page's content
+security policy admits the scripts written here, by their hashes, and no connection beside that to `--serve`.
+"""
+
+import base64
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from steerscale.dashboard.curves import curves_of, evaluations_of, events_of
+from steerscale.dashboard.figures import FIGURES, device_peaks, figures_of
+from steerscale.dashboard.runs import BrokenRun, Run, flatten
+from steerscale.planning.throughput import FORMULAS
+
+SCRIPTS = ("data.js", "table.js", "charts.js", "heatmap.js", "compare.js", "main.js")
+MOST_POINTS, FEWEST_POINTS, POINTS_IN_ALL = 1200, 120, 45_000
+"""Points of a curve: the more runs share a page, the fewer each has."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the page needs of one run."""
+
+    figures: dict[str, Any]
+    config: dict[str, Any]
+    rest: dict[str, Any]
+
+
+def entry_of(run: Run, *, points: int) -> Entry:
+    """Condense a run: its records can be forgotten then."""
+    rest = {
+        "path": str(run.path),
+        "reason": run.reason,
+        "curves": curves_of(run, points=points),
+        "evaluations": evaluations_of(run, points=points),
+        "events": events_of(run),
+    }
+    return Entry(figures_of(run), flatten(run.config), rest)
+
+
+def points_for(num_runs: int) -> int:
+    """Points each curve may have on a page of that many runs."""
+    return min(MOST_POINTS, max(FEWEST_POINTS, POINTS_IN_ALL // max(num_runs, 1)))
+
+
+def page_data(entries: Sequence[Entry], broken: Iterable[BrokenRun] = ()) -> dict[str, Any]:
+    """What the page's scripts read. What all runs' configurations have in common is there once."""
+    configs = [entry.config for entry in entries]
+    common = {
+        key: value
+        for key, value in (configs[0] if len(configs) > 1 else {}).items()
+        if all(key in config and _same(config[key], value) for config in configs)
+    }
+    return {
+        "generated": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "figures": [
+            {"key": f.key, "title": f.title, "form": f.form, "note": f.note, "better": f.better, "shown": f.shown}
+            for f in FIGURES
+        ],
+        "formulas": FORMULAS,
+        "peaks": device_peaks([entry.figures for entry in entries]),
+        "common": common,
+        "runs": [
+            {
+                **entry.rest,
+                "figures": entry.figures,
+                "config": {key: value for key, value in entry.config.items() if key not in common},
+            }
+            for entry in entries
+        ],
+        "broken": [{"path": str(entry.path), "reason": entry.reason} for entry in broken],
+    }
+
+
+def page(data: dict[str, Any] | None, *, refresh_s: float | None = None) -> str:
+    """The page. Without data it asks the server it came from, and again every `refresh_s` seconds."""
+    plotly = _plotly()
+    own = "\n".join(_part(name) for name in SCRIPTS)
+    connect = "'none'" if data is not None else "'self'"
+    policy = (
+        f"default-src 'none'; script-src {_hash(plotly)} {_hash(own)}; style-src 'unsafe-inline'; "
+        f"img-src data: blob:; connect-src {connect}; base-uri 'none'; form-action 'none'"
+    )
+    parts = {
+        "POLICY": policy,
+        "STYLE": _part("page.css"),
+        "DATA": embed({"data": data, "refresh_s": refresh_s}),
+        "PLOTLY": plotly,
+        "SCRIPT": own,
+    }
+    text = _part("page.html")
+    # One pass over the template: a name in somebody's data is not taken for a place in it.
+    pieces = text.split("{{")
+    return pieces[0] + "".join(parts[name] + after for name, after in (piece.split("}}", 1) for piece in pieces[1:]))
+
+
+def embed(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def write_report(path: Path, data: dict[str, Any]) -> None:
+    """Write the page to a file, which appears whole."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(page(data), encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _part(name: str) -> str:
+    return resources.files("steerscale.dashboard").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def _plotly() -> str:
+    """plotly.js as its Python package brings it; read from the file, since importing the package takes longer than all else."""
+    return resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _same(one: Any, other: Any) -> bool:
+    return type(one) is type(other) and one == other
