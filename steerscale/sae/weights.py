@@ -201,6 +201,18 @@ class SAEWeights:
             output_scale=None,
         )
 
+    def fold_b_dec(self) -> "SAEWeights":
+        """The same SAE with an encoder that sees x itself: b_dec's part in z is moved into the encoder's biases."""
+        if not self.subtract_b_dec:
+            return self
+        shift = self.b_dec @ self.W_enc
+        changed: dict[str, torch.Tensor] = {}
+        if self.b_enc is not None:
+            changed["b_enc"] = self.b_enc - shift
+        if self.b_gate is not None and self.r_mag is not None and self.b_mag is not None:
+            changed |= {"b_gate": self.b_gate - shift, "b_mag": self.b_mag - shift * self.r_mag.exp()}
+        return replace(self, subtract_b_dec=False, **changed)
+
     def fold_decoder_norm(self) -> "SAEWeights":
         """The same reconstruction with decoder rows of norm 1: features are multiplied by their rows' norms.
 
