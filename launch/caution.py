@@ -15,7 +15,8 @@ def warnings_about(config: RunConfig) -> list[str]:
     return [
         *_schedule(config),
         *_data(config),
-        *(resume_warnings(config) + _memory(config) if config.launcher.name == "local" else []),
+        *(resume_warnings(config) if config.launcher.name != "dry_run" else []),
+        *(_memory(config) if config.launcher.name == "local" else []),
     ]
 
 

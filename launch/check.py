@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.resume import check_same_model
+from launch.slurm import check_job
 from steerscale.config import from_mapping
 from steerscale.data.dataset import inspect_data
 from steerscale.errors import ConfigError, DataError, LayoutError
@@ -46,6 +47,8 @@ def check_config(mapping: Mapping[str, Any]) -> RunConfig:
     _check_init_from(config)
     if not dry:
         _check_run_dir(config)
+    if config.launcher.name == "slurm":
+        check_job(config)
     return config
 
 

@@ -4,6 +4,7 @@ Configuration is composed by Hydra from configs/: `group=option` chooses a file 
 value (optim.lr=2e-4). Every key with its meaning is in docs/configuration.md.
 
     launcher=local      run the ranks on this machine (default)
+    launcher=slurm      submit them as a job to cluster=NAME; with launcher.dry_run=true only show the job
     launcher=dry_run    check everything, build the chosen ranks' shards without memory, print the plan, start nothing
 
 Starting the same command again resumes the run in run_dir (runs/<name>). Errors of the configuration exit with status 2 and
@@ -24,9 +25,11 @@ from launch.caution import warnings_about
 from launch.check import check_config
 from launch.compose import compose_config, groups, options, parse_overrides
 from launch.fit import refuse_oversized
+from launch.slurm import show_job, submit_run
 from launch.sweep import plan_sweep, run_sweep
 from steerscale.config import dump_yaml
 from steerscale.errors import ConfigError, SteerscaleError
+from steerscale.jobs.submit import refuse_live
 from steerscale.rundir import create_run_dir
 from steerscale.train.config import RunConfig
 
@@ -68,9 +71,15 @@ def launch(config: RunConfig) -> int:
         _print(show_plan(config))
         return 0
     refuse_oversized(config)
+    if config.launcher.name == "slurm":
+        if config.launcher.dry_run:
+            _print(show_job(config))
+            return 0
+        return submit_run(config)
     from launch.local import run_local
 
     run_dir = Path(config.run_dir)
+    refuse_live([run_dir])
     existed = create_run_dir(run_dir, config, command=sys.argv)
     print(f"{'resuming' if existed else 'new run'}: {run_dir}", flush=True)
     return run_local(config)

@@ -110,6 +110,20 @@ def lock(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def is_held(run_dir: Path) -> bool:
+    """Whether a launcher on this machine holds the run directory."""
+    import fcntl
+
+    try:
+        with (run_dir / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # never held, or on a file system without locks
+    return False
+
+
 def read_config(run_dir: Path) -> dict[str, Any]:
     """The resolved configuration as plain values. Raises ConfigError if this is no run directory."""
     if not (run_dir / CONFIG).is_file():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from steerscale.errors import SteerscaleError
 
-COMMANDS = ("tokenizer", "data", "sample", "dashboard", "export", "plan")
+COMMANDS = ("tokenizer", "data", "sample", "dashboard", "export", "plan", "sae")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
