@@ -153,7 +153,7 @@ def plan_layouts(task: Task, search: Search | None = None) -> Planned:
                 else:
                     rejections.append(_oversized(planned))
     plans.sort(key=lambda plan: (plan.time.total, plan.fit.memory.total))
-    return Planned(plans=plans, rejections=rejections)
+    return Planned(plans=plans, rejections=list(dict.fromkeys(rejections)))
 
 
 def plan_one(task: Task, layout: ParallelLayout, *, recompute: Recompute, distributed_optimizer: bool) -> Plan:

@@ -7,6 +7,7 @@ from launch import fit
 from launch.check import check_config
 from launch.compose import compose_config
 from launch.fit import does_it_fit, local_device, refuse_oversized
+from launch.train import main
 from steerscale.errors import ConfigError
 from steerscale.planning.machine import machine_of
 from steerscale.train.config import RunConfig
@@ -105,3 +106,15 @@ def test_the_advice_can_be_followed(local: Configure, monkeypatch: pytest.Monkey
     for advice in ("What would fit: ", "the fastest: "):
         changes = str(error.value).split(advice)[1].split(";")[0].split()
         refuse_oversized(local(*overrides, *changes))
+
+
+def test_the_command_refuses_before_anything_is_written(
+    german_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fit, "local_device", lambda: "NVIDIA A100-SXM4-40GB")
+    status = main(
+        [f"data.path={german_data}", f"run_dir={tmp_path / 'run'}", "train.steps=10", "optim.warmup_steps=0", *BIG]
+    )
+    assert status == 2
+    assert "GiB too much" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

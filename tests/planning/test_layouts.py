@@ -69,6 +69,7 @@ def test_batch_and_schedule_rejections() -> None:
 def test_sequence_that_tensor_ranks_cannot_share() -> None:
     task = replace(SMALL, model=replace(SMALL.model, seq_len=2047))
     assert "does not divide 2047" in reasons(task)["TP2+SP"]
+    assert [entry.what for entry in plan_layouts(task).rejections].count("TP2+SP") == 1
 
 
 def test_memory_rejection_names_gib_by_part() -> None:
