@@ -40,7 +40,13 @@ from steerscale.planning.calibration import Measurement, calibrate, predicted_me
 from steerscale.tokenizers.config import TokenizerConfig
 from steerscale.tokenizers.registry import train_tokenizer
 
-SHAPE = ["model.position=learned", "model.norm=layernorm", "model.activation=gelu", "model.bias=true", "model.d_ff=null"]
+SHAPE = [
+    "model.position=learned",
+    "model.norm=layernorm",
+    "model.activation=gelu",
+    "model.bias=true",
+    "model.d_ff=null",
+]
 LAYOUTS = {
     "DP1": [],
     "DP2": ["parallel.data=2"],
@@ -87,8 +93,18 @@ class Bench:
         command = [
             *(sys.executable, "-m", "launch.train"),
             *(f"name={run_dir.name}", f"run_dir={run_dir}", f"data.path={self.data}"),
-            *(f"train.steps={self.steps}", "train.eval_interval=0", "checkpoint.interval=1000000", "optim.warmup_steps=0"),
-            *("metrics.interval=1", "metrics.warmup_steps=1", "metrics.tensorboard=false", "launcher.threads_per_rank=1"),
+            *(
+                f"train.steps={self.steps}",
+                "train.eval_interval=0",
+                "checkpoint.interval=1000000",
+                "optim.warmup_steps=0",
+            ),
+            *(
+                "metrics.interval=1",
+                "metrics.warmup_steps=1",
+                "metrics.tensorboard=false",
+                "launcher.threads_per_rank=1",
+            ),
             *overrides,
         ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **MALLOC}
@@ -102,7 +118,9 @@ class Bench:
         run_dir = self.run(name, overrides)
         measured = read_measurement(run_dir, this_cpu())
         assert measured is not None
-        fastest = min(record["seconds_per_step"] for record in read_records(run_dir, "train") if record["seconds_per_step"])
+        fastest = min(
+            record["seconds_per_step"] for record in read_records(run_dir, "train") if record["seconds_per_step"]
+        )
         return replace(measured, name=name, seconds=fastest)
 
 
@@ -126,18 +144,21 @@ def make_dataset(directory: Path) -> Path:
 
 def memory(bench: Bench) -> dict[str, float]:
     """Print measured and predicted memory; their errors."""
-    print(f"{'peak GiB, fullest rank':<24}{'baseline':>10}{'measured':>10}{'more':>8}{'predicted':>10}{'error':>8}{'of all':>8}")
+    print(
+        f"{'peak GiB, fullest':<20}{'baseline':>10}{'measured':>10}{'more':>8}{'predicted':>10}{'error':>8}{'of all':>8}"
+    )
     errors, shares = [], []
     for name in MEMORY_LAYOUTS:
         small = bench.measure(f"{name} small", [*LAYOUTS[name], *width(32), *batch(2, 8)])
         large = bench.measure(f"{name} large", [*LAYOUTS[name], *width(640), *batch(8, 32)])
-        assert small.memory_gib is not None and large.memory_gib is not None
+        assert small.memory_gib is not None
+        assert large.memory_gib is not None
         more = large.memory_gib - small.memory_gib
         expected = predicted_memory_gib(large) - predicted_memory_gib(small)
         errors.append(expected / more - 1)
         shares.append((small.memory_gib + expected) / large.memory_gib - 1)
         print(
-            f"{name:<24}{small.memory_gib:>10.3f}{large.memory_gib:>10.3f}{more:>8.3f}{expected:>10.3f}{errors[-1]:>+8.1%}"
+            f"{name:<20}{small.memory_gib:>10.3f}{large.memory_gib:>10.3f}{more:>8.3f}{expected:>10.3f}{errors[-1]:>+8.1%}"
             f"{shares[-1]:>+8.1%}"
         )
     return {**summarize("memory", errors), **summarize("memory_with_baseline", shares)}
@@ -186,7 +207,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", action="store_true", help="only memory")
     parser.add_argument("--sweep", action="store_true", help="only the sweep")
-    parser.add_argument("--steps", type=int, default=6, help="of each run, the first one not timed (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=6, help="of each run, the first one not timed (default: %(default)s)"
+    )
     parser.add_argument("--keep", type=Path, help="directory for the runs; those that are there are not repeated")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
