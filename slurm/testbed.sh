@@ -141,8 +141,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job begins once the credential of its last start is out of date.
-AuthInfo=socket=$dir/run/munge.socket,cred_expire=3
+# A requeued job begins once the credential of its last start is out of date; less than 5 would count as the default, 120.
+AuthInfo=socket=$dir/run/munge.socket,cred_expire=5
 # Numbers of jobs, and with them the ports of their ranks, differ between testbeds.
 FirstJobId=$((1 + 200 * slot))
 MaxArraySize=1001

@@ -79,7 +79,7 @@ def decide(
         return Decision(word="failed", status=_failure(status, srun_status, errors))
     if (reason := refusal(journal, step=step, max_restarts=max_restarts)) is not None:
         return Decision(word="failed", status=replace(status, state="failed", cause="restarts", reason=reason))
-    why = status.reason if stopped else f"{', '.join(down)} failed"
+    why = status.reason.split(";")[0] if stopped else f"{', '.join(down)} failed"
     return Decision(
         word="go_on", status=replace(status, state="stopped", reason=f"{why}; goes on by itself", step=step)
     )
@@ -139,7 +139,9 @@ def _begin(args: argparse.Namespace) -> int:
 
 
 def _term(args: argparse.Namespace) -> int:
-    """Slurm ends the job, and in some seconds this process: note why."""
+    """Slurm ends the job, and in some seconds this process: note why, unless a node failed and the job begins again."""
+    if nodes_down(args.nodes):
+        return 0
     try:
         job = query([args.job]).get(args.job)
     except LaunchError:
@@ -185,7 +187,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--job", required=True, help="NUMBER or NUMBER_INDEX")
     parser.add_argument("--restart", type=int, default=0, help="begin: Slurm's own count of restarts")
-    parser.add_argument("--nodes", default="", help="begin, end: SLURM_JOB_NODELIST")
+    parser.add_argument("--nodes", default="", help="begin, term, end: SLURM_JOB_NODELIST")
     parser.add_argument("--status", type=int, default=0, help="end: srun's exit status")
     parser.add_argument("--next", help="chained: the job that was submitted")
     return parser.parse_args(argv)

@@ -155,8 +155,7 @@ def _live(status: Status, journal: Journal, job: Job) -> tuple[RunState, str]:
     last = journal.events[-1]
     if job.state in WAITING or (job.state == "COMPLETING" and last.get("decision") == "go_on"):
         reason = job.reason or "is being queued again"
-        starts = len(journal.starts)
-        return "pending", reason + (f", to be started again from step {status.step}" if starts else "")
+        return "pending", reason + (", to go on from its newest checkpoint" if journal.starts else "")
     if status.state in ("finished", "failed", "stopped") and last["event"] == "end":  # the job is tidying up
         return combine(status, journal, None, asked=True)
     return "running", status.reason
