@@ -84,6 +84,7 @@ def this_cpu() -> Machine:
         gpus_per_node=cores,
         intra_node_gb_per_second=5.0,
         inter_node_gb_per_second=1.0,
+        overlaps=False,
     )
 
 

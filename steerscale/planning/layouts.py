@@ -173,7 +173,7 @@ def plan_one(task: Task, layout: ParallelLayout, *, recompute: Recompute, distri
         precision=task.precision,
         recompute=recompute,
         distributed_optimizer=distributed_optimizer,
-        overlap=task.overlap,
+        overlap=task.overlap and task.machine.overlaps,
         fused_attention=task.fused_attention,
     )
     beyond = layout.tensor > task.machine.gpus_per_node

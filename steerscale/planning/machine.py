@@ -75,6 +75,8 @@ class Machine:
     """Between devices of a node, each, in one direction."""
     inter_node_gb_per_second: float = NIC_GB_PER_SECOND
     """Out of a node, a device's share of it, in one direction."""
+    overlaps: bool = True
+    """Whether communication can run beside computation; false for ranks on a CPU."""
     efficiency: Efficiency = field(default_factory=Efficiency)
     """What is reached of all this."""
 

@@ -135,6 +135,17 @@ def test_tensor_group_beyond_the_node_is_noted_and_slower() -> None:
     assert plan(8, 4).time.total > plan(4, 4).time.total
 
 
+def test_overlap_needs_a_run_and_a_machine_that_can() -> None:
+    layout = ParallelLayout(data=8, gradient_accumulation_steps=8)
+
+    def exposed(task: Task) -> float:
+        return plan_one(task, layout, recompute="none", distributed_optimizer=True).time.data_communication
+
+    without = exposed(replace(SMALL, overlap=False))
+    assert exposed(SMALL) < without
+    assert exposed(replace(SMALL, machine=replace(SMALL.machine, overlaps=False))) == without
+
+
 @pytest.mark.parametrize("key", ["gpus", "global_batch_size"])
 def test_task_refuses_nothing_to_do(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key} must be at least 1, got 0"):
