@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 MOST_RUNS = 24
 """Bars beside each other that can still be told apart; of more runs those with the most tokens/s/GPU are drawn."""
+MOST_CURVES = 8
+"""Of those, the ones whose curves are drawn."""
 
 
 def write_picture(path: Path, runs: Sequence[Run]) -> int:
@@ -33,7 +35,8 @@ def write_picture(path: Path, runs: Sequence[Run]) -> int:
     axes = picture.subplots(2, 3, gridspec_kw={"height_ratios": [1.2 + 0.28 * len(drawn), 4.0]})
 
     def values(key: str) -> list[float]:
-        return [float(entry[key] or 0) for entry in figures]  # type: ignore[arg-type]
+        known = [entry[key] for entry in figures]
+        return [value if isinstance(value, (int, float)) else float("nan") for value in known]
 
     _bars(axes[0, 0], names, {"model": values("model_tflops_per_gpu"), "legacy tag": values("legacy_tflops_per_gpu")})
     axes[0, 0].set_title("TFLOP/s/GPU")
@@ -52,8 +55,9 @@ def write_picture(path: Path, runs: Sequence[Run]) -> int:
         (axes[1, 1], "mfu", "MFU"),
         (axes[1, 2], "loss", "training loss"),
     ):
-        _curves(axis, drawn, key)
+        _curves(axis, list(zip(names, drawn[:MOST_CURVES])), key)
         axis.set_title(title)
+    axes[1, 2].legend(fontsize=7)
     temporary = path.with_name(f".{path.name}.part")
     try:
         picture.savefig(temporary, format="png")
@@ -74,19 +78,19 @@ def _bars(axis: "Axes", names: Sequence[str], groups: dict[str, list[float]]) ->
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _curves(axis: "Axes", runs: Sequence[Run], key: str) -> None:
+def _curves(axis: "Axes", runs: Sequence[tuple[str, Run]], key: str) -> None:
     drawn = False
-    for run in runs:
+    for name, run in runs:
         curves = curves_of(run, points=400)
         values = curves[key]
         if not isinstance(values, list):
             values = [values] * len(curves["step"])
         if any(value is not None for value in values):
             drawn = True
-            axis.plot(curves["step"], [float("nan") if v is None else v for v in values], linewidth=1)
+            axis.plot(curves["step"], [float("nan") if v is None else v for v in values], linewidth=1, label=name)
     if not drawn:
         axis.text(0.5, 0.5, "unknown", ha="center", va="center", transform=axis.transAxes, color="gray")
-    axis.set_xlabel("step")
+    axis.set_xlabel(f"step, {len(runs)} runs")
     axis.spines[["top", "right"]].set_visible(False)
 
 
