@@ -68,9 +68,9 @@ class Selection:
         return values_BN[self.tokens, self.latents]
 
     def dense(self, values: torch.Tensor) -> torch.Tensor:
-        """[B, N] tensor with `values` [nnz] at the entries and zeros elsewhere; differentiable."""
+        """[B, N] tensor with `values` [nnz] at the entries (repeated ones added) and zeros elsewhere; differentiable."""
         empty = values.new_zeros(self.num_tokens, self.num_latents)
-        return empty.index_put((self.tokens, self.latents), values)
+        return empty.index_put((self.tokens, self.latents), values, accumulate=True)
 
     def row_sums(self, values: torch.Tensor) -> torch.Tensor:
         """[B] sums of `values` [nnz] over each token's entries; differentiable."""

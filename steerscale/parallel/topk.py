@@ -6,6 +6,8 @@ block is beaten by one element of each of these. So one pass over the rows finds
 
 import torch
 
+from steerscale import native
+
 BLOCK = 64
 """Largest block: one pass reads everything, k blocks are then read again."""
 
@@ -37,6 +39,13 @@ def top_rows(values_BN: torch.Tensor, k: int) -> torch.Tensor:
     if values_BN.dtype == torch.float64:
         return values_BN.sort(dim=1, descending=True, stable=True).indices[:, :k]
     rows, latents = values_BN.shape
+    if rows == 0 or k == 0:
+        return torch.empty(rows, k, dtype=torch.int64, device=values_BN.device)
+    if values_BN.device.type == "cpu" and (library := native.library()):
+        values = values_BN.float().contiguous()
+        best = torch.empty(rows, k, dtype=torch.int64)
+        library.top_rows(values.data_ptr(), rows, latents, k, best.data_ptr(), torch.get_num_threads())
+        return best
     maxima = block_maxima(values_BN)
     blocks = maxima.shape[1]
     width = latents // max(blocks, 1)

@@ -1,20 +1,24 @@
-"""The four sparse products, in torch operations that every device and type has.
+"""The sparse products of `sparse.py`, each by the fastest means the device has.
 
-sum_rows       out[b] = sum of v W[j]  over token b's entries       an embedding bag
-sum_tokens     out[j] = sum of v y[b]  over latent j's entries      the same on the transpose
-pair_products  out[e] = y[b] . W[j]    of each entry
-sum_entries    out[j] = sum of v       over latent j's entries
+    sum_rows          out[b] = sum of v W[j]  over token b's entries       an embedding bag
+    sum_tokens        out[j] = sum of v y[b]  over latent j's entries      the same on the transpose
+    sum_entries       out[j] = sum of v       over latent j's entries
+    pair_products     out[e] = y[b] . W[j]    of each entry
+    decode_gradients  pair_products(y, W) and sum_tokens(v, y) in one pass
 
-v [nnz] values of the entries, y [B, d], W [N, d]
+    v [nnz] values of the entries, y [B, d], W [N, d]
+
+float32 on the CPU: kernels compiled from C++. CUDA: Triton. Everything else, and where those are missing: torch operations.
+Sums over a latent's entries are taken in the order of tokens: repeated on the same device, they give the same bits.
 """
+
+from ctypes import CDLL
 
 import torch
 import torch.nn.functional as F
 
+from steerscale import native
 from steerscale.parallel.select import Selection
-
-CHUNK = 8192
-"""Entries whose rows `pair_products` gathers at a time: 2 x 8192 x d numbers of scratch memory."""
 
 
 def sum_rows(values: torch.Tensor, selection: Selection, W_ND: torch.Tensor) -> torch.Tensor:
@@ -22,27 +26,40 @@ def sum_rows(values: torch.Tensor, selection: Selection, W_ND: torch.Tensor) -> 
     return _bag(values, selection.latents, selection.offsets, W_ND)
 
 
-def sum_tokens(values: torch.Tensor, selection: Selection, y_BD: torch.Tensor) -> torch.Tensor:
-    """[N, d] sum of the rows of y at each latent's entries, weighted by `values` [nnz]; zeros for a latent without any."""
+def sum_tokens(
+    values: torch.Tensor, selection: Selection, y_BD: torch.Tensor, *, into: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[N, d] sum of the rows of y at each latent's entries, weighted by `values` [nnz]; zeros for a latent without any.
+
+    Added to `into` where that is given, which is returned then.
+    """
     transpose = selection.by_latent
-    return _bag(values[transpose.order], transpose.tokens, transpose.offsets, y_BD)
-
-
-def pair_products(y_BD: torch.Tensor, selection: Selection, W_ND: torch.Tensor) -> torch.Tensor:
-    """[nnz] scalar products of the rows of y and W that meet in each entry."""
-    out = torch.empty(selection.nnz, dtype=torch.promote_types(y_BD.dtype, torch.float32), device=y_BD.device)
-    for start in range(0, selection.nnz, CHUNK):
-        part = slice(start, start + CHUNK)
-        rows, columns = y_BD[selection.tokens[part]], W_ND[selection.latents[part]]
-        out[part] = torch.linalg.vecdot(rows.to(out.dtype), columns.to(out.dtype))
-    return out
+    if library := _library(values, y_BD, into):
+        out = _output(selection, y_BD, into)
+        values, y_BD = values.contiguous(), y_BD.contiguous()
+        library.sum_tokens(
+            transpose.offsets.data_ptr(),
+            transpose.tokens.data_ptr(),
+            transpose.order.data_ptr(),
+            values.data_ptr(),
+            y_BD.data_ptr(),
+            *out.shape,
+            out.data_ptr(),
+            into is not None,
+            torch.get_num_threads(),
+        )
+        return out
+    out = _bag(values[transpose.order], transpose.tokens, transpose.offsets, y_BD)
+    return out if into is None else into.add_(out)
 
 
 def sum_entries(values: torch.Tensor, selection: Selection) -> torch.Tensor:
-    """[N] sum of `values` [nnz] over each latent's entries."""
-    # Sorted by latent, each sum has a fixed order of terms also where threads or blocks share the work.
-    transpose = selection.by_latent
+    """[N] sum of `values` [nnz] over each latent's entries, in float32 at least."""
     dtype = torch.promote_types(values.dtype, torch.float32)
+    if values.device.type == "cpu":
+        return torch.zeros(selection.num_latents, dtype=dtype).index_add_(0, selection.latents, values.to(dtype))
+    # index_add_ on CUDA adds in an order that changes from run to run.
+    transpose = selection.by_latent
     return _bag(
         values[transpose.order].to(dtype),
         torch.zeros_like(transpose.tokens),
@@ -51,9 +68,72 @@ def sum_entries(values: torch.Tensor, selection: Selection) -> torch.Tensor:
     ).squeeze(1)
 
 
+def pair_products(y_BD: torch.Tensor, selection: Selection, W_ND: torch.Tensor) -> torch.Tensor:
+    """[nnz] scalar products of the rows of y and W that meet in each entry."""
+    # The derivative of an embedding bag by its weights, which torch has without gathering nnz rows of either side.
+    weights = torch.zeros(selection.nnz, dtype=W_ND.dtype, device=W_ND.device, requires_grad=True)
+    with torch.enable_grad():
+        out = _bag(weights, selection.latents, selection.offsets, W_ND.detach())
+    if not selection.nnz:
+        return weights.detach()
+    return torch.autograd.grad(out, weights, y_BD.to(W_ND.dtype))[0]
+
+
+def decode_gradients(
+    y_BD: torch.Tensor,
+    values: torch.Tensor,
+    selection: Selection,
+    W_ND: torch.Tensor,
+    *,
+    project: bool,
+    into: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([nnz] scalar products of the rows of y and W that meet in each entry, `sum_tokens` of values and y).
+
+    With `project`, each row of the sums loses its component along W's, which has norm 1.
+    """
+    if library := _library(values, y_BD, into, W_ND):
+        transpose = selection.by_latent
+        out = _output(selection, y_BD, into)
+        values, y_BD, W_ND = values.contiguous(), y_BD.contiguous(), W_ND.contiguous()
+        d_values = torch.empty_like(values)
+        library.decode_gradients(
+            transpose.offsets.data_ptr(),
+            transpose.tokens.data_ptr(),
+            transpose.order.data_ptr(),
+            values.data_ptr(),
+            y_BD.data_ptr(),
+            W_ND.data_ptr(),
+            *out.shape,
+            d_values.data_ptr(),
+            out.data_ptr(),
+            into is not None,
+            project,
+            torch.get_num_threads(),
+        )
+        return d_values, out
+    d_values = pair_products(y_BD, selection, W_ND)
+    out = sum_tokens(values, selection, y_BD, into=into)
+    if project:
+        # d_W[j] . W[j] = sum of v (y[b] . W[j]): the products are known already.
+        along = sum_entries(values * d_values, selection)
+        out.addcmul_(W_ND.to(out.dtype), along[:, None].to(out.dtype), value=-1)
+    return d_values, out
+
+
 def _bag(values: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     if not rows.numel():
         return source.new_zeros(offsets.numel() - 1, source.shape[1])
     return F.embedding_bag(
         rows, source, offsets, mode="sum", per_sample_weights=values.to(source.dtype), include_last_offset=True
     )
+
+
+def _library(values: torch.Tensor, y_BD: torch.Tensor, into: torch.Tensor | None, *others: torch.Tensor) -> CDLL | None:
+    if into is not None and not into.is_contiguous():
+        return None
+    return native.usable(values, y_BD, *others, *([] if into is None else [into]))
+
+
+def _output(selection: Selection, y_BD: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
+    return y_BD.new_empty(selection.num_latents, y_BD.shape[1]) if into is None else into

@@ -33,18 +33,25 @@ def selected_pre_activations(
     x_BD: torch.Tensor,
     W_enc_ND: torch.Tensor,
     b_enc_N: torch.Tensor | None = None,
+    into_main_grad: bool = False,
 ) -> torch.Tensor:
     """[nnz] pre-activations at the entries of `selection`, differentiable by x, W_enc and b_enc.
 
     Args:
         pre_BN: `pre_activations` of the other arguments; only read.
+        into_main_grad: as in `decode`, for W_enc.
     The gradient of x is that through this shard's latents alone: a tensor group has to sum it.
     """
-    return _Encode.apply(x_BD, W_enc_ND, b_enc_N, pre_BN, selection)
+    return _Encode.apply(x_BD, W_enc_ND, b_enc_N, pre_BN, selection, into_main_grad)
 
 
 def decode(
-    values: torch.Tensor, selection: Selection, W_dec_ND: torch.Tensor, *, project: bool = False
+    values: torch.Tensor,
+    selection: Selection,
+    W_dec_ND: torch.Tensor,
+    *,
+    project: bool = False,
+    into_main_grad: bool = False,
 ) -> torch.Tensor:
     """[B, d] sums of this shard's decoder rows, weighted by `values` [nnz]; differentiable by values and W_dec.
 
@@ -52,9 +59,12 @@ def decode(
 
     Args:
         project: take from each row of W_dec's gradient its component along that row: the gradient for a decoder kept at unit
-            norm. Rows must have norm 1. Costs O(nnz) beside a pass over the rows, since d_W_dec[j] . W_dec[j] = sum of v d_v.
+            norm. Rows must have norm 1. Costs next to nothing, since d_W_dec[j] . W_dec[j] = sum of v d_v.
+        into_main_grad: add the gradient of W_dec straight to its `main_grad`, where Megatron-Core's DDP has given it one: no
+            [N, d] gradient is written, cleared and added. The parameter itself has to be given, and no other use of it may
+            have a gradient that does not go this way: it would be dropped.
     """
-    return _Decode.apply(values, W_dec_ND, selection, project)
+    return _Decode.apply(values, W_dec_ND, selection, project, into_main_grad)
 
 
 class _Encode(torch.autograd.Function):
@@ -66,9 +76,10 @@ class _Encode(torch.autograd.Function):
         b_enc_N: torch.Tensor | None,
         pre_BN: torch.Tensor,
         selection: Selection,
+        into_main_grad: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_BD, W_enc_ND)
-        ctx.selection = selection
+        ctx.selection, ctx.target = selection, _Target(W_enc_ND, into_main_grad)
         ctx.bias_dtype = None if b_enc_N is None else b_enc_N.dtype
         return selection.gather(pre_BN)
 
@@ -81,19 +92,24 @@ class _Encode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = kernels.sum_rows(d_values, selection, W_enc_ND).to(x_BD.dtype)
         if ctx.needs_input_grad[1]:
-            d_W = kernels.sum_tokens(d_values, selection, x_BD).to(W_enc_ND.dtype)
+            d_W = ctx.target.done(kernels.sum_tokens(d_values, selection, x_BD, into=ctx.target.buffer))
         if ctx.needs_input_grad[2]:
             d_b = kernels.sum_entries(d_values, selection).to(ctx.bias_dtype)
-        return d_x, d_W, d_b, None, None
+        return d_x, d_W, d_b, None, None, None
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values: torch.Tensor, W_dec_ND: torch.Tensor, selection: Selection, project: bool
+        ctx: Any,
+        values: torch.Tensor,
+        W_dec_ND: torch.Tensor,
+        selection: Selection,
+        project: bool,
+        into_main_grad: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(values, W_dec_ND)
-        ctx.selection, ctx.project = selection, project
+        ctx.selection, ctx.project, ctx.target = selection, project, _Target(W_dec_ND, into_main_grad)
         return kernels.sum_rows(values, selection, W_dec_ND)
 
     @staticmethod
@@ -101,12 +117,25 @@ class _Decode(torch.autograd.Function):
         (d_out_BD,) = grads
         values, W_dec_ND = ctx.saved_tensors
         selection: Selection = ctx.selection
-        d_values = kernels.pair_products(d_out_BD, selection, W_dec_ND)
-        d_W = None
-        if ctx.needs_input_grad[1]:
-            d_W = kernels.sum_tokens(values, selection, d_out_BD)
-            if ctx.project:
-                along = kernels.sum_entries(values * d_values, selection)
-                d_W.addcmul_(W_dec_ND.to(d_W.dtype), along[:, None].to(d_W.dtype), value=-1)
-            d_W = d_W.to(W_dec_ND.dtype)
-        return d_values.to(values.dtype), d_W, None, None
+        if not ctx.needs_input_grad[1]:
+            return kernels.pair_products(d_out_BD, selection, W_dec_ND).to(values.dtype), None, None, None, None
+        d_values, d_W = kernels.decode_gradients(
+            d_out_BD, values, selection, W_dec_ND, project=ctx.project, into=ctx.target.buffer
+        )
+        return d_values.to(values.dtype), ctx.target.done(d_W), None, None, None
+
+
+class _Target:
+    """Where a weight's gradient goes: to autograd, or into the `main_grad` of Megatron-Core's DDP."""
+
+    def __init__(self, weight: torch.Tensor, into_main_grad: bool) -> None:
+        self.weight = weight
+        self.buffer: torch.Tensor | None = getattr(weight, "main_grad", None) if into_main_grad else None
+
+    def done(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        """What autograd gets for the `gradient` that was written."""
+        if self.buffer is None:
+            return gradient.to(self.weight.dtype)
+        # DDP's hook adds `.grad` to `main_grad` unless this is set, but wants a `.grad` where it overlaps communication.
+        self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return torch.empty_like(self.weight) if self.weight.is_cuda else None
