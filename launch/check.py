@@ -3,12 +3,14 @@
 import importlib.util
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from launch.resume import check_same_model
 from launch.slurm import check_job
+from steerscale.activations.config import StreamConfig
+from steerscale.activations.shape import data_of, language_model
 from steerscale.config import from_mapping
 from steerscale.data.dataset import inspect_data
 from steerscale.errors import ConfigError, DataError, LayoutError
@@ -25,7 +27,7 @@ def check_config(mapping: Mapping[str, Any]) -> RunConfig:
 
     Raises SteerscaleErrors; reads datasets' manifests and, if the run directory exists, its newest checkpoint's state.
     """
-    mapping = dict(mapping)
+    mapping = _with_language_model(mapping)
     data = mapping.get("data")
     if isinstance(data, Mapping) and not (data.get("path") or data.get("blend")):
         mapping["data"] = None
@@ -50,6 +52,31 @@ def check_config(mapping: Mapping[str, Any]) -> RunConfig:
     if config.launcher.name == "slurm":
         check_job(config)
     return config
+
+
+def _with_language_model(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """An SAE run's mapping with what follows from its stream.lm: the model, and unless it is given the text."""
+    mapping = dict(mapping)
+    if mapping.get("stream") is None or mapping.get("sae") is None:
+        return mapping
+    stream = from_mapping(StreamConfig, mapping["stream"], at="stream")
+    mapping["stream"] = {**mapping["stream"], "lm": _path(stream.lm, "stream.lm")}
+    for key in ("checkpoint", "cache"):
+        if getattr(stream, key) is not None:
+            mapping["stream"][key] = _path(getattr(stream, key), f"stream.{key}")
+    there = asdict(language_model(from_mapping(StreamConfig, mapping["stream"], at="stream")))
+    given = mapping.get("model") or {}
+    differing = [key for key, value in given.items() if value not in (None, "???", there.get(key)) and key in there]
+    if given.get("num_layers", "???") != "???" and differing:
+        listed = ", ".join(f"model.{key}={given[key]} is not {there[key]}" for key in differing)
+        raise ConfigError(
+            f"stream.lm={stream.lm} is another model ({listed}): leave model out of an SAE run, it follows"
+        )
+    mapping["model"] = there
+    data = mapping.get("data") or {}
+    if not (data.get("path") or data.get("blend")):
+        mapping["data"] = data_of(stream)
+    return mapping
 
 
 def data_is_there(config: RunConfig) -> bool:

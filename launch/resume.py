@@ -10,6 +10,7 @@ import yaml
 
 from steerscale.errors import ConfigError, SteerscaleError
 from steerscale.rundir import read_config
+from steerscale.sae.config import specs_of
 from steerscale.train.config import FREE_MODEL_KEYS, RunConfig
 
 OTHER_ORDER = "training goes on at the same position of another order of samples: some may come twice, some never"
@@ -31,9 +32,12 @@ def check_same_model(config: RunConfig) -> None:
     there = (state or {}).get("model")
     if not isinstance(there, Mapping):
         return
-    now = asdict(config.model)
+    at, now = "model", asdict(config.model)
+    if config.sae is not None:
+        specs = specs_of(config.sae, dict.fromkeys(config.sae.all_hooks, config.model.d_model))
+        at, now = "sae", {spec.name: spec.shape for spec in specs}
     differing = [
-        f"model.{key} was {_yaml(value)}, is {_yaml(now.get(key))}"
+        f"{at}.{key} was {_yaml(value)}, is {_yaml(now.get(key))}"
         for key, value in there.items()
         if now.get(key) != value and key not in FREE_MODEL_KEYS
     ]

@@ -136,10 +136,12 @@ def console_line(record: Mapping[str, Any], *, steps: int) -> str:
         f"grad {record['grad_norm']:.3f}",
         f"lr {record['lr']:.2e}",
     ]
+    parts += [f"{name} {value:.4g}" for name, value in _over_saes(record.get("metrics", {})).items()]
     if record.get("seconds_per_step"):
         parts.append(f"{format_seconds(record['seconds_per_step'])}/step")
     if record.get("tokens_per_second_per_gpu"):
         parts.append(f"{record['tokens_per_second_per_gpu']:,.0f} tok/s/rank")
+    if record.get("model_tflops_per_gpu"):
         parts.append(f"{record['model_tflops_per_gpu']:.3g} TFLOP/s/rank")
     if record.get("mfu") is not None:
         parts.append(f"MFU {record['mfu']:.1%}")
@@ -148,6 +150,16 @@ def console_line(record: Mapping[str, Any], *, steps: int) -> str:
     if record.get("eta_seconds") is not None:
         parts.append(f"ETA {format_duration(record['eta_seconds'])}")
     return "  ".join(parts)
+
+
+def _over_saes(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What matters most of SAEs, as means over all of them."""
+    means = {}
+    for name in ("fvu", "l0", "dead"):
+        values = [value for key, value in metrics.items() if key.endswith(f"/{name}") and value is not None]
+        if values:
+            means[name] = sum(values) / len(values)
+    return means
 
 
 def format_seconds(seconds: float) -> str:
@@ -233,6 +245,7 @@ def _scalars(kind: str, record: Mapping[str, Any]) -> list[tuple[str, float | No
     if kind != "train":
         return []
     tags = [(tag, record[name]) for name, tag in _TAGS.items() if name in record]
+    tags += [(f"sae/{name}", value) for name, value in record.get("metrics", {}).items()]
     sections = {**record.get("seconds", {}), **record.get("seconds_between_steps", {})}
     return tags + [(f"time/{name}", value) for name, value in sections.items()]
 

@@ -4,7 +4,6 @@ One answer for everything that crosses layouts: layout-independent initial weigh
 formats, and gathering parameters to compare runs. See `parallel.shards` for what the whole form is.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator
 
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from steerscale.models.config import ModelConfig
 from steerscale.models.gpt import GPT, output_std
 from steerscale.parallel.context import ParallelContext
-from steerscale.parallel.shards import Shard
+from steerscale.parallel.shards import Shard, seed_of
 
 
 def named_shards(chunks: Iterable[GPT]) -> Iterator[tuple[Shard, torch.nn.Parameter]]:
@@ -53,7 +52,7 @@ def initialize_parameters(chunks: Iterable[GPT], context: ParallelContext, *, se
         whole_shape = shard.whole_shape(parameter.shape, size=size)
         whole = torch.empty(whole_shape, dtype=torch.float32, device=parameter.device)
         if whole.device.type != "meta":
-            generator = torch.Generator(device=whole.device).manual_seed(_seed(seed, shard.name))
+            generator = torch.Generator(device=whole.device).manual_seed(seed_of(seed, shard.name))
             whole.normal_(0.0, _std(shard.name, next(iter(chunks)).model), generator=generator)
         parameter.copy_(shard.take(whole, rank=rank, size=size))
 
@@ -61,11 +60,6 @@ def initialize_parameters(chunks: Iterable[GPT], context: ParallelContext, *, se
 def _std(name: str, model: ModelConfig) -> float:
     into_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
     return output_std(model) if into_residual else model.init_std
-
-
-def _seed(seed: int, name: str) -> int:
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1  # generators take 63 bits
 
 
 def gather_parameters(chunks: Iterable[GPT], context: ParallelContext) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ one dimension; a gated MLP's first matrix is cut in both of its halves, [gate; u
 Everything that crosses layouts (initial weights, checkpoints, other formats, comparisons) goes through this form.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -72,3 +73,9 @@ class Shard:
             offset = [0] * len(local)
             offset[self.dim] = (half * size + rank) * extent
             yield Box(offset=tuple(offset), shape=shape, start=half * prod(shape))
+
+
+def seed_of(seed: int, name: str) -> int:
+    """Seed of a whole parameter's initial values: of the run's seed and the parameter's name, whatever the layout."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # generators take 63 bits

@@ -3,15 +3,18 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from steerscale.activations.config import StreamConfig
 from steerscale.checkpoint.config import CheckpointConfig
 from steerscale.config import require
 from steerscale.data.config import DataConfig
 from steerscale.engines.config import EngineConfig
 from steerscale.errors import ConfigError, LayoutError
 from steerscale.models.config import ModelConfig
+from steerscale.models.hook_points import hook_point
 from steerscale.optim import OptimConfig
 from steerscale.parallel.layout import ParallelConfig, ParallelLayout
 from steerscale.planning.cluster import ClusterConfig
+from steerscale.sae.config import SAEConfig, specs_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +138,10 @@ class RunConfig:
     """The loop."""
     data: DataConfig | None = None
     """The datasets; only a dry run can do without."""
+    sae: SAEConfig | None = None
+    """Train sparse autoencoders on the activations of a frozen `model` instead of the model; see docs/sae.md."""
+    stream: StreamConfig | None = None
+    """With `sae`: the language model and how its activations are streamed."""
     seed: int = 1234
     """Initial weights, order of samples and dropout follow from it."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -157,12 +164,51 @@ class RunConfig:
         require(bool(self.run_dir.strip()), "run_dir must not be empty: leave it out for runs/<name>")
         require(0 <= self.seed < 2**63, f"seed must be in [0, 2^63), got {self.seed}")
         check_schedule(self.optim, self.train.steps)
+        require(
+            (self.sae is None) == (self.stream is None),
+            "sae and stream belong together: begin with --config-name train_sae, and name the language model as stream.lm=PATH",
+        )
 
     def layout(self) -> ParallelLayout:
         """The checked layout. Raises LayoutError if it does not fit itself or the model."""
         layout = ParallelLayout.resolve(self.parallel)
         layout.check_model(self.model)
+        if self.sae is not None and self.stream is not None:
+            check_sae_layout(self.sae, self.stream, self.model, layout)
         return layout
+
+
+def check_sae_layout(sae: SAEConfig, stream: StreamConfig, model: ModelConfig, layout: ParallelLayout) -> None:
+    """Whether SAEs on `stream` can be trained on `layout`. Raises LayoutError or ConfigError naming the numbers."""
+    if layout.virtual_pipeline > 1:
+        raise LayoutError(
+            f"parallel.virtual_pipeline={layout.virtual_pipeline} interleaves a backward pass, and the language model of an "
+            "SAE run has none: leave it at 1"
+        )
+    if stream.lanes % layout.data:
+        raise LayoutError(
+            f"parallel.data must divide stream.lanes: {layout.data} does not divide {stream.lanes}; each replica streams "
+            "whole lanes"
+        )
+    if layout.global_batch_size % stream.lanes:
+        raise LayoutError(
+            f"stream.lanes must divide the global batch: {stream.lanes} does not divide {layout.global_batch_size} vectors "
+            "(parallel.*_batch_size count activation vectors in an SAE run)"
+        )
+    if stream.lm_kind == "transformers":
+        return  # its hook points are known once it is loaded
+    stages = {hook: hook_point(hook, model).layer * layout.pipeline // model.num_layers for hook in sae.all_hooks}
+    for spec in specs_of(sae, dict.fromkeys(sae.all_hooks, model.d_model)):
+        if spec.width % layout.tensor:
+            raise LayoutError(
+                f"parallel.tensor must divide the latents: {layout.tensor} does not divide the {spec.width} of {spec.name}; "
+                "change sae.width or sae.expansion"
+            )
+        if len({stages[hook] for hook in (*spec.inputs, *spec.outputs)}) > 1:
+            raise LayoutError(
+                f"the hook points of {spec.name} lie on several of the {layout.pipeline} pipeline stages: take another "
+                "parallel.pipeline, or hook points whose layers one stage holds"
+            )
 
 
 def batch_size_at(ramp_up: RampUpConfig | None, layout: ParallelLayout, consumed_samples: int) -> int:

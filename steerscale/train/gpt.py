@@ -19,6 +19,7 @@ from steerscale.models.hf.load import load_hf
 from steerscale.models.sharding import initialize_parameters, named_shards
 from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.layout import ParallelLayout
+from steerscale.planning.flops import model_flops_per_token
 from steerscale.planning.throughput import throughput
 from steerscale.train.config import FREE_MODEL_KEYS, RunConfig
 from steerscale.train.task import check_same
@@ -90,6 +91,14 @@ class GPTTask:
         model, recompute = self.config.model, self.config.engine.recompute
         return asdict(
             throughput(seconds, model=model, layout=layout, recompute=recompute, peak_tflops=self._peak_tflops)
+        )
+
+    def describe(self) -> str:
+        """Size, cost and batch."""
+        model = self.config.model
+        return (
+            f"{model.num_parameters():,} parameters, {model_flops_per_token(model):.4g} model FLOPs a token, global batch "
+            f"{self.context.layout.global_batch_size} x {model.seq_len} tokens"
         )
 
     def consumed(self) -> int:

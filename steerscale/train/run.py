@@ -17,12 +17,12 @@ from steerscale.config import dump_yaml, from_mapping
 from steerscale.errors import CheckpointError
 from steerscale.metrics import Recorder
 from steerscale.parallel.context import ParallelContext, initialize
-from steerscale.planning.flops import model_flops_per_token
 from steerscale.planning.hardware import peak_tflops
 from steerscale.rundir import State, Status, read_config, write_error, write_status
 from steerscale.train.config import RunConfig
 from steerscale.train.gpt import build_gpt_task
 from steerscale.train.loop import Loop, Progress
+from steerscale.train.sae import build_sae_task
 from steerscale.train.signals import StopRequest
 from steerscale.train.task import Task
 
@@ -36,7 +36,7 @@ def run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> None:
     with (
         initialize(config.layout(), timeout_minutes=config.launcher.timeout_minutes) as context,
         _leaving_word(run_dir, rank),
-        closing(build_gpt_task(config, context, peak_tflops=_peak_tflops(config, context.device))) as task,
+        closing(_build_task(config, context)) as task,
     ):
         store = CheckpointStore(run_dir / "checkpoints", config.checkpoint)
         progress = _resume(config, store, task)
@@ -48,7 +48,7 @@ def run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> None:
 
         with closing(_recorder(config, progress, run_dir, writes=rank == 0)) as recorder:
             report("running")
-            _announce(config, context, progress, recorder)
+            _announce(config, context, task, progress, recorder)
             loop = Loop(
                 task,
                 config=config,
@@ -65,6 +65,13 @@ def run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> None:
         else:
             report("stopped", f"stopped by {stop.name or 'a signal to another rank'}; start again to go on")
         logger.info("%s at step %d of %d", "finished" if finished else "stopped", progress.step, config.train.steps)
+
+
+def _build_task(config: RunConfig, context: ParallelContext) -> Task:
+    peak = _peak_tflops(config, context.device)
+    if config.sae is not None:
+        return build_sae_task(config, context)
+    return build_gpt_task(config, context, peak_tflops=peak)
 
 
 @contextmanager
@@ -108,7 +115,7 @@ def _resume(config: RunConfig, store: CheckpointStore, task: Task) -> Progress:
     return progress
 
 
-def _announce(config: RunConfig, context: ParallelContext, progress: Progress, recorder: Recorder) -> None:
+def _announce(config: RunConfig, context: ParallelContext, task: Task, progress: Progress, recorder: Recorder) -> None:
     if context.rank != 0:
         return
     device = _device_name(context.device)
@@ -116,13 +123,7 @@ def _announce(config: RunConfig, context: ParallelContext, progress: Progress, r
         "start", progress.step, {"layout": str(context.layout), "device": device, "ranks": context.layout.world_size}
     )
     logger.info("%s on %d x %s, %s", context.layout, context.layout.world_size, device, config.engine.precision)
-    logger.info(
-        "%s parameters, %.4g model FLOPs a token, global batch %d x %d tokens",
-        f"{config.model.num_parameters():,}",
-        model_flops_per_token(config.model),
-        context.layout.global_batch_size,
-        config.model.seq_len,
-    )
+    logger.info("%s", task.describe())
     logger.info("fused kernels: %s", describe_accelerators())
 
 

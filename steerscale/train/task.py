@@ -30,6 +30,10 @@ class Task(Protocol):
         """What one iteration of `seconds` on `layout` (with the batch it really had) achieved."""
         ...
 
+    def describe(self) -> str:
+        """What is trained, in a line."""
+        ...
+
     def consumed(self) -> int:
         """This rank's part of the hash of all samples consumed so far; the ranks' parts are added."""
         ...
@@ -54,7 +58,8 @@ class Task(Protocol):
 def check_same(there: Mapping[str, Any], here: Mapping[str, Any], *, at: str, free: Collection[str] = ()) -> None:
     """Raise CheckpointError if a checkpoint's description of what it holds differs from what is trained here.
 
-    `at` is the dotted key of both. Keys in `free` may differ, and what a later version added is not held against an older checkpoint.
+    `at` is the dotted key of both. Keys in `free` may differ, and keys
+    that a later version added are not held against an older checkpoint.
     """
     differing = [key for key, value in there.items() if here.get(key) != value and key not in free]
     if differing:

@@ -34,6 +34,7 @@ class Window:
         self._seconds: list[float] = []
         self._within: dict[str, float] = defaultdict(float)
         self._between: dict[str, float] = defaultdict(float)
+        self._metrics: dict[str, float] = defaultdict(float)
         self.uniform = True
 
     def begin(self, layout: ParallelLayout) -> None:
@@ -49,6 +50,8 @@ class Window:
         else:
             self._seconds.append(self._clock() - self._started)
         self._steps += 1
+        for name, value in result.metrics.items():
+            self._metrics[name] += value
         self._lr, self._size, self._grad_norm = lr, size, result.grad_norm
         if result.applied:
             self._loss_sum, self._tokens = self._loss_sum + result.totals.loss_sum, self._tokens + result.totals.tokens
@@ -85,4 +88,9 @@ class Window:
             "step_seconds": [round(seconds, 6) for seconds in self._seconds],
             "seconds": {name: total / timed for name, total in self._within.items()} if timed else {},
             "seconds_between_steps": dict(self._between),
+            **(
+                {"metrics": {name: total / self._steps for name, total in self._metrics.items()}}
+                if self._metrics
+                else {}
+            ),
         }
