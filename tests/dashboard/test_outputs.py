@@ -27,7 +27,9 @@ def renamed(run: Path, to: Path, name: str) -> None:
 
 def data_of(report: Path) -> dict:
     """What a report holds for its scripts."""
-    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', report.read_text(encoding="utf-8"), re.S)
+    (text,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', report.read_text(encoding="utf-8"), re.S
+    )
     return json.loads(text)["data"]
 
 

@@ -23,7 +23,13 @@ def run_of(records: list[dict[str, Any]], **changes: Any) -> Run:
 def test_figures_of_a_real_run(real_run: Path) -> None:
     run = read_run(real_run)
     figures = figures_of(run)
-    assert (figures["state"], figures["step"], figures["dp"], figures["gas"], figures["gbs"]) == ("finished", 12, 2, 2, 8)
+    assert (figures["state"], figures["step"], figures["dp"], figures["gas"], figures["gbs"]) == (
+        "finished",
+        12,
+        2,
+        2,
+        8,
+    )
     assert len(run.step_seconds()) == 12
     assert min(run.step_seconds()) <= figures["seconds_p50"] <= figures["seconds_p95"] <= max(run.step_seconds())
     assert figures["tokens_per_second_per_gpu"] > 0
