@@ -54,7 +54,7 @@ def _data(config: RunConfig) -> list[str]:
 
 def _memory(config: RunConfig) -> list[str]:
     """Without GPUs all ranks share this machine's memory."""
-    if has_gpu():
+    if has_gpu() or config.sae is not None:  # what SAEs take is not planned
         return []
     layout = config.layout()
     stages = [

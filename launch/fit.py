@@ -32,14 +32,15 @@ class Verdict:
 
 
 def does_it_fit(config: RunConfig, *, machine: Machine | None = None) -> Verdict | None:
-    """Hold a checked run against its GPUs; None where they are not known, or there are none.
+    """Hold a checked run against its GPUs; None where they are not known, there are none, or sparse autoencoders are trained,
+    which the planner knows nothing of.
 
     Args:
         config: with a known vocabulary and a layout that fits the model.
         machine: None: that of the cluster for launcher=slurm and for a dry run, this machine's GPUs for launcher=local.
     """
     machine = machine or machine_of_run(config)
-    if machine is None:
+    if machine is None or config.sae is not None:
         return None
     plan = _plan(config, machine)
     known = config.engine.precision == "bf16"

@@ -40,8 +40,11 @@ def calibrate_from_runs(runs: Sequence[Path], *, machine: Machine | None, output
 
 
 def read_measurement(run_dir: Path, machine: Machine) -> Measurement | None:
-    """What a run directory says about its iterations: the median of its records; None if it has no timed step."""
+    """What a run directory says about its iterations: the median of its records; None if it has no timed step, or trained
+    sparse autoencoders."""
     config = from_mapping(RunConfig, read_config(run_dir))
+    if config.sae is not None:
+        return None
     layout, engine = config.layout(), config.engine
     records = [
         record

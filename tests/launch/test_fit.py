@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from launch.check import check_config
 from launch.compose import compose_config
 from launch.fit import does_it_fit, local_device, refuse_oversized
 from launch.train import main
+from steerscale.activations.config import StreamConfig
 from steerscale.errors import ConfigError
 from steerscale.planning.machine import machine_of
+from steerscale.sae.config import SAEConfig
 from steerscale.train.config import RunConfig
 
 Configure = Callable[..., RunConfig]
@@ -72,6 +75,15 @@ def test_the_device_is_the_clusters_or_unknown() -> None:
     assert (verdict.fit.device_gib, verdict.machine.inter_node_gb_per_second) == (40, 6.25)
     assert does_it_fit(dry("cluster=generic", "parallel.tensor=8")) is None
     assert does_it_fit(dry("parallel.tensor=8")) is None
+
+
+def test_sparse_autoencoders_are_not_planned() -> None:
+    config = dry("parallel.tensor=8")
+    sae = SAEConfig(hooks=["blocks.2.hook_resid_post"], architecture="topk", width=4096, k=32)
+    training_saes = replace(config, sae=sae, stream=StreamConfig(lm="runs/gpt"))
+    machine = machine_of("a100-40gb")
+    assert does_it_fit(config, machine=machine) is not None
+    assert does_it_fit(training_saes, machine=machine) is None
 
 
 def test_a_run_that_cannot_fit_is_refused_with_parts_and_advice(
