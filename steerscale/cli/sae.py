@@ -1,9 +1,10 @@
-"""`steerscale sae cost`."""
+"""`steerscale sae`: `cost` is here, `convert` in `sae_convert.py`."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from steerscale.cli import sae_convert
 from steerscale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register `steerscale sae`."""
-    parser = subparsers.add_parser("sae", help="sparse autoencoders: what their activations cost")
+    parser = subparsers.add_parser("sae", help="sparse autoencoders: cost of activations, formats")
     commands = parser.add_subparsers(dest="sae_command", metavar="COMMAND", required=True)
     cost = commands.add_parser(
         "cost",
@@ -33,6 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     cost.add_argument("--price-per-tb", type=float, metavar="PRICE", help="of storing 10^12 bytes, in any currency")
     cost.add_argument("--seq-len", type=int, metavar="N", help="tokens a sequence (default: the model's)")
     cost.set_defaults(run=_cost)
+    sae_convert.add_parser(commands)
 
 
 def _count(text: str) -> int:

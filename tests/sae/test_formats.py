@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from steerscale.cli import sae_convert
 from steerscale.errors import CheckpointError, ConfigError, DataError
 from steerscale.sae.formats import FORMATS, detect_format, read_sae, write_sae
 from steerscale.sae.weights import ARCHITECTURES, SAEWeights
@@ -77,6 +78,10 @@ def test_round_trip_of_a_transcoder_with_skip_path(tmp_path: Path, x: torch.Tens
 def test_llama_scope_refuses_thresholds_that_differ(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="it has one threshold for all latents"):
         write_sae(random_sae("jumprelu"), tmp_path / "sae", "llama_scope")
+
+
+def test_convert_offers_every_format() -> None:
+    assert tuple(FORMATS) == sae_convert.FORMATS
 
 
 # Gemma Scope
