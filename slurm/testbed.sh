@@ -297,6 +297,7 @@ up() {
   if [ "$slot" -lt 0 ] || [ "$slot" -gt 49 ]; then die "TESTBED_SLOT must be 0 to 49, got $slot"; fi
   unshare --uts --mount true 2>/dev/null || die "unshare is not allowed here: nodes need namespaces of their own"
   mkdir -p "$dir"/{run,log,state,spool,dev}
+  chmod 755 "$dir" "$dir/run" # munge wants everybody to reach its socket
   exec 9>"$dir/lock"
   flock -w 300 9 || die "another 'up' is at work in $dir"
   install_missing
@@ -320,8 +321,10 @@ up() {
 down() {
   local name pid
   if daemon_pid slurmctld slurmctld >/dev/null; then timeout 10 scancel --quiet -u root 2>/dev/null || true; fi
+  # The controller first: it would wait for an answer from nodes that are gone.
+  if pid=$(daemon_pid slurmctld slurmctld); then end_process "$pid" 20; fi
   for name in $(cd "$dir/spool" 2>/dev/null && ls); do kill_node "$name"; done
-  for name in slurmctld slurmdbd mariadbd munged; do
+  for name in slurmdbd mariadbd munged; do
     if pid=$(daemon_pid "$name" "$name"); then end_process "$pid" 20; fi
   done
 }

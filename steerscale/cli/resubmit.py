@@ -89,7 +89,7 @@ def _parse_settings(texts: list[str]) -> dict[str, Any]:
             )
         if name not in hints:
             raise ConfigError(unknown_key(key, name, hints))
-        holds_text = str in (hints[name], *typing.get_args(hints[name]))
+        holds_text = hints[name] is str or hints[name] == (str | None)
         # 24:00:00 is a number in YAML.
         settings[name] = value if holds_text and value != "null" else yaml.safe_load(value)
     return settings

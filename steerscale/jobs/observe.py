@@ -1,5 +1,6 @@
 """How runs stand: what the run directory says, and what Slurm says of its job, put together. Torch-free."""
 
+import logging
 import shutil
 import socket
 import time
@@ -8,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from steerscale.errors import SteerscaleError
+from steerscale.errors import LaunchError, SteerscaleError
 from steerscale.jobs.journal import Journal, read_journal
 from steerscale.jobs.slurm import WAITING, Job, query
 from steerscale.metrics import read_records
 from steerscale.rundir import CONFIG, Status, is_held, read_config, read_status
+
+logger = logging.getLogger(__name__)
 
 RunState = Literal[
     "created",
@@ -79,11 +82,17 @@ def find_run_dirs(paths: Sequence[Path]) -> list[Path]:
 
 
 def observe(run_dirs: Sequence[Path]) -> list[Observation]:
-    """How these runs stand. Slurm is asked once for all. Raises SteerscaleError if a status cannot be read."""
+    """How these runs stand. Slurm is asked once for all. Raises SteerscaleError if a status cannot be read; if Slurm
+    cannot be asked there is a warning, and what the runs say themselves."""
     journals = {run_dir: read_journal(run_dir) for run_dir in run_dirs}
     ids = {journal.job for journal in journals.values() if journal.job is not None}
-    jobs = query(ids)
+    jobs: dict[str, Job] = {}
     asked = shutil.which("squeue") is not None
+    try:
+        jobs = query(ids)
+    except LaunchError as error:  # the run directories have something to say as well
+        asked = False
+        logger.warning("Slurm cannot be asked: %s", error)
     return [
         _observe(run_dir, journal, jobs.get(journal.job or ""), asked=asked) for run_dir, journal in journals.items()
     ]
