@@ -287,7 +287,7 @@ def megatron_config(spec: SAESpec, context: ParallelContext) -> TransformerConfi
     return TransformerConfig(
         num_layers=1,
         hidden_size=spec.d_in,
-        num_attention_heads=1,
+        num_attention_heads=context.layout.tensor,  # there are none, but it wants a multiple of the ranks
         tensor_model_parallel_size=context.layout.tensor,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
