@@ -86,18 +86,12 @@ FIGURES: tuple[Figure, ...] = (
     Figure(key="layout", title="layout", form="", value=lambda run: run.layout, note="of the last start"),
     Figure(key="state", title="state", form="", value=lambda run: run.state, note="status.json"),
     Figure(key="step", title="step", form=",d", value=lambda run: run.step, note="last step reported"),
-    Figure(
-        key="loss", title="loss", form=".3f", value=_last("loss"), note="training loss, nats a token, last report",
-        better="low",
-    ),
-    Figure(
-        key="valid_loss", title="held-out", form=".3f", value=lambda run: run.last_evaluation("loss"),
-        note="loss on held-out text, nats a token, last evaluation", better="low",
-    ),
-    Figure(
-        key="bits_per_byte", title="bits/byte", form=".3f", value=lambda run: run.last_evaluation("bits_per_byte"),
-        note="held-out loss over the bytes of text: comparable between tokenizers", better="low",
-    ),
+    _throughput("tokens_per_second_per_gpu", "tok/s/GPU", ",.0f"),
+    _throughput("model_tflops_per_gpu", "model TFLOP/s", ".3g"),
+    _throughput("legacy_tflops_per_gpu", "legacy TFLOP/s", ".3g"),
+    _throughput("hardware_tflops_per_gpu", "hardware TFLOP/s", ".3g", shown=False),
+    _throughput("mfu", "MFU", ".1%"),
+    _throughput("hfu", "HFU", ".1%"),
     Figure(
         key="seconds_per_step", title="s/step", form="s", value=_median("seconds_per_step"),
         note="mean over each report, median over reports", better="low", shown=False,
@@ -110,12 +104,6 @@ FIGURES: tuple[Figure, ...] = (
         key="seconds_p95", title="step p95", form="s", value=lambda run: percentile(run.step_seconds(), 0.95),
         note="seconds that 95% of the steps stay below", better="low",
     ),
-    _throughput("tokens_per_second_per_gpu", "tok/s/GPU", ",.0f"),
-    _throughput("model_tflops_per_gpu", "model TFLOP/s", ".3g"),
-    _throughput("legacy_tflops_per_gpu", "legacy TFLOP/s", ".3g"),
-    _throughput("hardware_tflops_per_gpu", "hardware TFLOP/s", ".3g", shown=False),
-    _throughput("mfu", "MFU", ".1%"),
-    _throughput("hfu", "HFU", ".1%"),
     Figure(
         key="bubble_fraction", title="bubble", form=".1%", value=_last("bubble_fraction"), better="low",
         note="(p-1)/(v m) of the ideal time: by formula, not measured",
@@ -128,6 +116,18 @@ FIGURES: tuple[Figure, ...] = (
         key="memory_predicted_gib", title="GiB predicted", form=".2f",
         value=lambda run: predicted_memory_gib(run.config),
         note="planning.memory.estimate_memory for the fullest stage; no Python, no CUDA context, no libraries",
+    ),
+    Figure(
+        key="loss", title="loss", form=".3f", value=_last("loss"), note="training loss, nats a token, last report",
+        better="low",
+    ),
+    Figure(
+        key="valid_loss", title="held-out", form=".3f", value=lambda run: run.last_evaluation("loss"),
+        note="loss on held-out text, nats a token, last evaluation", better="low",
+    ),
+    Figure(
+        key="bits_per_byte", title="bits/byte", form=".3f", value=lambda run: run.last_evaluation("bits_per_byte"),
+        note="held-out loss over the bytes of text: comparable between tokenizers", better="low", shown=False,
     ),
     Figure(
         key="restarts", title="restarts", form=",d", value=lambda run: max(len(run.starts) - 1, 0), better="low",

@@ -57,7 +57,8 @@ def write_picture(path: Path, runs: Sequence[Run]) -> int:
     ):
         _curves(axis, list(zip(names, drawn[:MOST_CURVES])), key)
         axis.set_title(title)
-    axes[1, 2].legend(fontsize=7)
+    if axes[1, 2].lines:
+        axes[1, 2].legend(fontsize=7)
     temporary = path.with_name(f".{path.name}.part")
     try:
         picture.savefig(temporary, format="png")

@@ -124,7 +124,7 @@ def _part(name: str) -> str:
 
 
 def _plotly() -> str:
-    """plotly.js as its Python package brings it; read from the file, since importing the package takes longer than all else."""
+    """plotly.js as its Python package brings it. The page draws with it; its Python side is not used."""
     return resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
 
 

@@ -43,6 +43,7 @@ function layoutOf(more) {
   return {
     margin: { l: 52, r: 12, t: 8, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
     font: { color: ink, size: 11, family: style.fontFamily }, hoverlabel: { bgcolor: paper, bordercolor: line, font: { color: style.getPropertyValue("--ink").trim() } },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: ink, activecolor: style.getPropertyValue("--accent").trim() },
     hovermode: "closest", ...more, xaxis: { ...axis, ...more.xaxis }, yaxis: { ...axis, ...more.yaxis },
   };
 }
@@ -151,7 +152,7 @@ function marksOnLoss(run) {
   };
   return [{
     type: "scatter", mode: "markers", name: plain(run.figures.run), x: across(spread(events)), y: events.map((event) => lossAt(event.step)),
-    marker: { symbol: events.map((event) => MARKS[event.kind][1]), color: events.map((event) => MARKS[event.kind][2]), size: 9 },
+    marker: { symbol: events.map((event) => MARKS[event.kind][1]), color: events.map((event) => MARKS[event.kind][2]), size: 7 },
     text: events.map((event) => plain(`${MARKS[event.kind][0]} at step ${event.step}: ${event.text}`)), hovertemplate: "%{fullData.name}<br>%{text}<extra></extra>",
   }];
 }
@@ -176,7 +177,7 @@ function drawEvents(figure, xaxis) {
   const layout = { xaxis, yaxis, showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, margin: { l: 52, r: 12, t: 28, b: 36 } };
   plot(figure, "Restarts, skipped and slow steps, ranks waited for", "a row a run", traces, layout, "none in these runs");
   const box = figure.children[1];
-  box.style.height = traces.some((trace) => trace.x.length) ? `${Math.max(160, 80 + 24 * drawn.length)}px` : "70px";
+  box.style.height = `${Math.max(250, 80 + 24 * drawn.length)}px`;
 }
 
 const shorten = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
