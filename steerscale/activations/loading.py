@@ -148,10 +148,10 @@ def _load_transformers(config: StreamConfig, hooks: Sequence[str], context: Para
 
 
 def special_tokens(tokenizer: Tokenizer | None) -> set[int]:
-    """Begin, end, padding and unknown ids, as far as the tokenizer has them."""
+    """Begin, end, padding and unknown ids, as far as the tokenizer has them, by the names the usual ones go by."""
     if tokenizer is None:
         return set()
-    unknown = [tokenizer.id_of(piece) for piece in ("<unk>", "[UNK]")]
+    unknown = [tokenizer.id_of(piece) for piece in ("<unk>", "[UNK]", "<|endoftext|>")]
     return {token for token in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *unknown) if token is not None}
 
 

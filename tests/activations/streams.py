@@ -1,0 +1,115 @@
+"""Small streams for tests that run on ranks."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from steerscale.activations.config import StreamConfig
+from steerscale.activations.order import GIB
+from steerscale.activations.source import GPTSource
+from steerscale.activations.stream import ActivationStream
+from steerscale.data.config import DataConfig
+from steerscale.data.dataset import SampleStream
+from steerscale.models.config import ModelConfig
+from steerscale.parallel.context import ParallelContext, initialize
+from steerscale.parallel.layout import ParallelLayout
+from tests.models.gpts import GPT2, LLAMA, build_random
+
+SEQ_LEN, LANES, BLOCK = 32, 8, 5
+VOCABULARY = 1000
+EOS = 2  # of the German test data's tokenizer
+# A width that two ranks cannot halve.
+MODELS = {
+    "gpt2": replace(GPT2, vocab_size=VOCABULARY, seq_len=SEQ_LEN),
+    "llama": replace(LLAMA, vocab_size=VOCABULARY, seq_len=SEQ_LEN, d_model=25),
+}
+EARLY, LATE = "blocks.0.hook_mlp_out", "blocks.2.hook_resid_post"
+ONE = ParallelLayout()
+
+
+def stream_config(model: ModelConfig, *, hooks: int = 1, **changes: Any) -> StreamConfig:
+    """Blocks of BLOCK sequences of each of LANES lanes, two or three in a forward pass."""
+    sequence = model.d_model * 4 * (SEQ_LEN - changes.get("drop_first", 0))
+    size = 2 * LANES * BLOCK * sequence * hooks / GIB
+    config = StreamConfig(lm="tests build it", lanes=LANES, micro_batch_size=2, buffer_gib=size * 1.01)
+    return replace(config, **changes)
+
+
+def dataset(data: Path, seed: int = 0) -> SampleStream:
+    """The German test data in sequences of SEQ_LEN."""
+    return SampleStream(DataConfig(path=str(data)), seq_len=SEQ_LEN, seed=seed)
+
+
+def build(
+    data: Path, model: ModelConfig, hooks: Sequence[str], context: ParallelContext, seed: int = 0, **changes: Any
+) -> ActivationStream:
+    """A stream of a random model's activations; `changes` are StreamConfig's."""
+    source = GPTSource(build_random(model, context), hooks, context, seq_len=SEQ_LEN)
+    config = stream_config(model, hooks=len(hooks), **changes)
+    return ActivationStream(config, source, dataset(data), context, seed)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one rank saw."""
+
+    place: tuple[int, int, int]
+    """Pipeline, data, tensor."""
+    ids: list[np.ndarray]
+    """Of each step."""
+    activations: dict[str, list[np.ndarray]]
+    """By hook, of each step."""
+    consumed: int
+    """The stream's hash."""
+    state: dict[str, Any]
+    """After the last step."""
+
+
+def take(
+    stream: ActivationStream, context: ParallelContext, sizes: Iterable[int], state: dict[str, Any] | None = None
+) -> Seen:
+    """Steps of these global batch sizes, from `state` on."""
+    if state is not None:
+        stream.load(state)
+    ids, activations = [], {hook: [] for hook in stream.source.owned}
+    for size in sizes:
+        batch = stream.next(size // context.layout.data)
+        ids.append(batch.ids.numpy())
+        assert batch.activations.keys() == activations.keys()
+        for hook, x_Bd in batch.activations.items():
+            activations[hook].append(x_Bd.numpy())
+    return Seen(tuple(context.at), ids, activations, stream.consumed.value, stream.state())
+
+
+def see(
+    layout: ParallelLayout,
+    data: Path,
+    model: ModelConfig,
+    hooks: Sequence[str],
+    sizes: Sequence[int],
+    state: dict[str, Any] | None = None,
+) -> Seen:
+    """Build and take, on the ranks of the current process group. For `RankPool.run`."""
+    with initialize(layout) as context, closing(build(data, model, hooks, context)) as stream:
+        return take(stream, context, sizes, state)
+
+
+class CountingSource:
+    """Counts the forward passes of a source."""
+
+    def __init__(self, source: Any) -> None:
+        self._source, self.passes = source, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def run(self, batches: Iterable[torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+        """The source's own, counted."""
+        for activations in self._source.run(batches):
+            self.passes += 1
+            yield activations
