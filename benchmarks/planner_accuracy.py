@@ -20,7 +20,8 @@ from pathlib import Path
 
 # ruff: noqa: E402
 # The repository instead of this folder, where a script named tokenize.py hides Python's module of that name.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # a test imports this as well
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 import json
