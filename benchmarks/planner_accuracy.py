@@ -18,7 +18,6 @@ object.
 import sys
 from pathlib import Path
 
-# ruff: noqa: E402
 # The repository instead of this folder, where a script named tokenize.py hides Python's module of that name.
 if __name__ == "__main__":  # a test imports this as well
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
