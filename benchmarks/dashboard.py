@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # Python puts the script's directory there, in which tokenize.py hides the standard library's
 TAGS = (
     ("train/loss",),
     ("throughput/tokens per second per GPU",),
@@ -89,13 +90,14 @@ def _generate(directory: Path, count: int, reports: int) -> None:
 
     steerscale = [sys.executable, "-c", "import sys; from steerscale.cli import main; sys.exit(main())"]
     tokenizer, dataset, seed = directory / "tokenizer", directory / "dataset", directory / "seed"
-    for command in (
+    commands = (
         [*steerscale, "tokenizer", "train", "sample:german", "--vocab-size", "1024", "-o", tokenizer],
         [*steerscale, "data", "prepare", "sample:german", "--tokenizer", tokenizer, "-o", dataset],
         [sys.executable, "-m", "launch.train", "model=demo", "name=seed", f"run_dir={seed}", f"data.path={dataset}",
          "train.steps=100", "optim.lr=3e-3", "optim.warmup_steps=10", "parallel.micro_batch_size=4",
          "parallel.global_batch_size=8", "metrics.interval=2", "train.eval_interval=0"],
-    ):  # fmt: skip
+    )  # fmt: skip
+    for command in () if seed.is_dir() else commands:
         subprocess.run([str(part) for part in command], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     begin = time.perf_counter()
     write_example_runs(directory / "runs", read_records(seed), count=count, reports=reports, tensorboard=True)

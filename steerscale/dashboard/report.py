@@ -7,6 +7,7 @@ security policy admits the scripts written here, by their hashes, and no connect
 import base64
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def entry_of(run: Run, *, points: int) -> Entry:
         "evaluations": evaluations_of(run, points=points),
         "events": events_of(run),
     }
-    return Entry(figures_of(run), flatten(run.config), rest)
+    return Entry(figures_of(run), {key: _scalar(value) for key, value in flatten(run.config).items()}, rest)
 
 
 def points_for(num_runs: int) -> int:
@@ -103,7 +104,7 @@ def page(data: dict[str, Any] | None, *, refresh_s: float | None = None) -> str:
 
 def embed(value: Any) -> str:
     """JSON that cannot end the script element it stands in."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
@@ -131,6 +132,13 @@ def _plotly() -> str:
 def _hash(script: str) -> str:
     digest = hashlib.sha256(script.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _scalar(value: Any) -> Any:
+    """A configuration value as JSON has it, anything composed as text: YAML knows more than JSON does."""
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return json.dumps(value, default=str, skipkeys=True)
 
 
 def _same(one: Any, other: Any) -> bool:

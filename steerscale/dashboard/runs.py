@@ -1,5 +1,6 @@
 """What a run directory says about a run, in the figures people compare. Torch-free."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -106,10 +107,26 @@ def read_run(path: Path) -> Run:
     )
 
 
+NUMBERS = (
+    *("time", "loss", "perplexity", "bits_per_byte", "seconds_per_step", "tokens_per_second_per_gpu", "mfu", "hfu"),
+    *("model_tflops_per_gpu", "hardware_tflops_per_gpu", "legacy_tflops_per_gpu", "peak_tflops", "bubble_fraction"),
+    *("memory_peak_gib_max", "data_seconds_max", "first_sample", "end_sample"),
+)
+"""What figures are computed from: a number or nothing, in any record that has it."""
+
+
 def _checked(path: Path, records: list[Any]) -> list[dict[str, Any]]:
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict) or not isinstance(record.get("kind"), str) or "step" not in record:
             raise SteerscaleError(f"{path / 'metrics.jsonl'} holds something else than records: entry {number}")
+        steps = record.get("step_seconds") or []
+        values = {"step": [record["step"]], "step_seconds": steps if isinstance(steps, list) else [steps]}
+        values.update({key: [record[key]] for key in NUMBERS if record.get(key) is not None})
+        for key, entries in values.items():
+            if not all(type(entry) in (int, float) and math.isfinite(entry) for entry in entries):
+                raise SteerscaleError(
+                    f"{path / 'metrics.jsonl'}, entry {number}: {key} must be a finite number, got {record[key]!r}"
+                )
     return records
 
 
@@ -126,8 +143,9 @@ def find_directories(paths: Sequence[Path]) -> list[Path]:
 
 
 def _below(path: Path) -> Iterator[Path]:
-    """Run directories below `path`; what is inside one belongs to it and need not be walked."""
+    """Run directories below `path`; what is inside one belongs to it, and hidden ones are being written."""
     for place, directories, files in os.walk(path):
+        directories[:] = [name for name in directories if not name.startswith(".")]
         if CONFIG in files:
             directories.clear()
             yield Path(place)

@@ -135,6 +135,16 @@ def test_embedded_data_cannot_leave_its_element(runs: Path, tmp_path: Path) -> N
     assert json.loads(embed(HOSTILE)) == HOSTILE
 
 
+def test_values_that_json_does_not_know_are_text(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(find_directories([runs])[0], tmp_path / "run")
+    with (tmp_path / "run" / "config.yaml").open("a", encoding="utf-8") as file:
+        file.write("extra: {day: 2026-01-02, most: .inf, skip: [[0, 8]], 3: x}\n")
+    assert main(["dashboard", str(tmp_path), "-o", str(tmp_path / "r.html")]) == 0
+    config = data_of(tmp_path / "r.html")["runs"][0]["config"]
+    assert (config["extra.day"], config["extra.most"]) == ('"2026-01-02"', "Infinity")
+    assert (config["extra.skip"], config["extra.3"]) == ("[[0, 8]]", "x")
+
+
 def test_page_of_no_readable_run_is_a_page() -> None:
     data = page_data([])
     assert (data["runs"], data["common"], data["peaks"]) == ([], {}, [])

@@ -113,23 +113,29 @@ def test_directories_are_found_below_and_only_once(runs: Path) -> None:
 
 def test_scan_goes_on_past_broken_directories(runs: Path, tmp_path: Path) -> None:
     good = find_directories([runs])[0]
-    for name in ("good", "no_status", "bad_yaml", "bad_status", "no_records", "latin"):
+    for name in ("good", "no_status", "bad_yaml", "bad_status", "no_records", "text", "nan", "latin", ".new.12"):
         shutil.copytree(good, tmp_path / name)
     (tmp_path / "no_status" / "status.json").unlink()
     (tmp_path / "bad_yaml" / "config.yaml").write_text("a: [", encoding="utf-8")
     (tmp_path / "bad_status" / "status.json").write_text('{"state": 1, "color": 2}', encoding="utf-8")
     (tmp_path / "no_records" / "metrics.jsonl").write_text('{"kind": "train"}\n', encoding="utf-8")
+    with (tmp_path / "text" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"kind": "train", "step": 601, "step_seconds": [1.0, "fast"]}\n')
+    with (tmp_path / "nan" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"kind": "train", "step": 601, "loss": NaN}\n')
     (tmp_path / "latin" / "metrics.jsonl").write_bytes(b'{"kind": "train", "step": 1, "x": "\xe4"}\n')
     told: list[tuple[int, int]] = []
     found = list(scan_runs([tmp_path], lambda done, total: told.append((done, total))))
     assert [run.name for run in found if isinstance(run, Run)] == [read_run(good).name]
     broken = {entry.path.name: entry.reason for entry in found if isinstance(entry, BrokenRun)}
-    assert broken.keys() == {"no_status", "bad_yaml", "bad_status", "no_records", "latin"}
+    assert broken.keys() == {"no_status", "bad_yaml", "bad_status", "no_records", "text", "nan", "latin"}
     assert "status.json cannot be read" in broken["no_status"]
     assert "cannot be read as YAML" in broken["bad_yaml"]
     assert "entry 1" in broken["no_records"]
-    assert told[0] == (0, 6)
-    assert told[-1] == (6, 6)
+    assert "step_seconds must be a finite number" in broken["text"]
+    assert "loss must be a finite number, got nan" in broken["nan"]
+    assert told[0] == (0, 8)
+    assert told[-1] == (8, 8)
     with pytest.raises(SteerscaleError, match="is no run directory and holds none"):
         list(scan_runs([tmp_path / "good" / "logs"]))
 

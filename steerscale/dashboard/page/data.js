@@ -28,6 +28,8 @@ function valueOf(run, key) {
 const titleOf = (key) => (figures.has(key) ? figures.get(key).title : key);
 const betterOf = (key) => (figures.has(key) ? figures.get(key).better : "");
 
+const formatters = new Map();
+
 /** Write a value for people, as `figures.write` does; Python's format strings, the few that figures use. */
 function written(key, value) {
   if (value === null || value === undefined) return figures.has(key) ? "unknown" : value === null ? "null" : "–";
@@ -39,7 +41,10 @@ function written(key, value) {
   const digits = Number(match[2] ?? 0);
   if (match[3] === "%") return `${(value * 100).toFixed(digits)}%`;
   if (match[3] === "g") return String(Number(value.toPrecision(digits)));
-  return value.toLocaleString("en-US", { useGrouping: match[1] === ",", minimumFractionDigits: digits, maximumFractionDigits: digits });
+  if (!formatters.has(form)) {
+    formatters.set(form, new Intl.NumberFormat("en-US", { useGrouping: match[1] === ",", minimumFractionDigits: digits, maximumFractionDigits: digits }));
+  }
+  return formatters.get(form).format(value);
 }
 
 /** Parse a filter into tests; throws an Error that says which term is wrong and what would be right. */

@@ -4,12 +4,12 @@
 const columns = () => [...data.figures.filter((figure) => figure.shown).map((figure) => figure.key), ...view.columns];
 const isText = (key) => (figures.has(key) ? figures.get(key).form === "" : !data.runs.some((run) => typeof valueOf(run, key) === "number"));
 
-const rows = { keys: "", nodes: new Map() };  // made once: a row that is only selected stays where it is, and keeps the focus
+const rows = { data: null, keys: "", nodes: new Map() };  // made once: a row that is only selected stays where it is, and keeps the focus
 
 function drawTable(runs) {
   drawHead();
   const keys = columns();
-  if (rows.keys !== keys.join()) Object.assign(rows, { keys: keys.join(), nodes: new Map() });
+  if (rows.data !== data || rows.keys !== keys.join()) Object.assign(rows, { data, keys: keys.join(), nodes: new Map() });
   const texts = keys.map(isText);
   const nodes = runs.map((run) => {
     if (!rows.nodes.has(run)) rows.nodes.set(run, row(run, keys, texts));
