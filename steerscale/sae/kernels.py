@@ -12,7 +12,11 @@ float32 on the CPU: kernels compiled from C++. CUDA: Triton. Everything else, an
 Sums over a latent's entries are taken in the order of tokens: repeated on the same device, they give the same bits.
 """
 
+import functools
+import importlib.util
+import logging
 from ctypes import CDLL
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +24,13 @@ import torch.nn.functional as F
 from steerscale import native
 from steerscale.parallel.select import Selection
 
+logger = logging.getLogger(__name__)
+
 
 def sum_rows(values: torch.Tensor, selection: Selection, W_ND: torch.Tensor) -> torch.Tensor:
     """[B, d] sum of the rows of W at each token's entries, weighted by `values` [nnz]."""
+    if kernels := _triton(values, W_ND):
+        return kernels.sum_rows(values, selection, W_ND)
     return _bag(values, selection.latents, selection.offsets, W_ND)
 
 
@@ -34,6 +42,8 @@ def sum_tokens(
     Added to `into` where that is given, which is returned then.
     """
     transpose = selection.by_latent
+    if kernels := _triton(values, y_BD):
+        return kernels.sum_tokens(values, selection, y_BD, into=into)
     if library := _library(values, y_BD, into):
         out = _output(selection, y_BD, into)
         values, y_BD = values.contiguous(), y_BD.contiguous()
@@ -70,6 +80,8 @@ def sum_entries(values: torch.Tensor, selection: Selection) -> torch.Tensor:
 
 def pair_products(y_BD: torch.Tensor, selection: Selection, W_ND: torch.Tensor) -> torch.Tensor:
     """[nnz] scalar products of the rows of y and W that meet in each entry."""
+    if kernels := _triton(y_BD, W_ND):
+        return kernels.pair_products(y_BD, selection, W_ND)
     # The derivative of an embedding bag by its weights, which torch has without gathering nnz rows of either side.
     weights = torch.zeros(selection.nnz, dtype=W_ND.dtype, device=W_ND.device, requires_grad=True)
     with torch.enable_grad():
@@ -113,10 +125,12 @@ def decode_gradients(
         )
         return d_values, out
     d_values = pair_products(y_BD, selection, W_ND)
+    # d_W[j] . W[j] = sum of v (y[b] . W[j]): the products are known already.
+    along = sum_entries(values * d_values, selection) if project else None
+    if kernels := _triton(values, y_BD, W_ND):
+        return d_values, kernels.sum_tokens(values, selection, y_BD, into=into, along=along, W_ND=W_ND)
     out = sum_tokens(values, selection, y_BD, into=into)
-    if project:
-        # d_W[j] . W[j] = sum of v (y[b] . W[j]): the products are known already.
-        along = sum_entries(values * d_values, selection)
+    if along is not None:
         out.addcmul_(W_ND.to(out.dtype), along[:, None].to(out.dtype), value=-1)
     return d_values, out
 
@@ -133,6 +147,23 @@ def _library(values: torch.Tensor, y_BD: torch.Tensor, into: torch.Tensor | None
     if into is not None and not into.is_contiguous():
         return None
     return native.usable(values, y_BD, *others, *([] if into is None else [into]))
+
+
+def _triton(*tensors: torch.Tensor) -> ModuleType | None:
+    """The Triton kernels if they can work on these tensors: on CUDA, not float64."""
+    if all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in tensors):
+        return _load_triton()
+    return None
+
+
+@functools.cache
+def _load_triton() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        logger.warning("Triton is not installed, torch operations are used instead (slower): pip install triton")
+        return None
+    from steerscale.sae import kernels_triton
+
+    return kernels_triton
 
 
 def _output(selection: Selection, y_BD: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:

@@ -61,6 +61,10 @@ def gradients(out: torch.Tensor, leaves: dict[str, torch.Tensor]) -> dict[str, t
     return dict(zip(leaves, grads))
 
 
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    torch.testing.assert_close(actual, expected, **TOLERANCE[expected.dtype], msg=lambda text: f"{name}: {text}")
+
+
 def assert_same(leaves: dict[str, torch.Tensor], selection: Selection) -> None:
     dense = dense_form(leaves, selection)
     expected = gradients(dense, leaves)
@@ -70,7 +74,7 @@ def assert_same(leaves: dict[str, torch.Tensor], selection: Selection) -> None:
         torch.testing.assert_close(sparse, dense, **TOLERANCE[dense.dtype])
         for name, gradient in gradients(sparse, leaves).items():
             correct = expected[name] - along if project and name == "W_dec" else expected[name]
-            torch.testing.assert_close(gradient, correct, **TOLERANCE[dense.dtype], msg=lambda text: f"{name}: {text}")
+            assert_close(gradient, correct, name)
 
 
 def choose(kind: str, leaves: dict[str, torch.Tensor]) -> Selection:
@@ -217,10 +221,9 @@ def test_gradients_go_straight_into_main_grad(means: str) -> None:
             assert layer.W_dec.grad_added_to_main_grad == into_main_grad
             assert all(parameter.grad is None for parameter in layer.parameters())
             found.append({name: p.main_grad.clone() for name, p in layer.named_parameters()})
-            for grad_acc in (chunk.grad_accs,):
-                grad_acc.clear()
+            chunk.grad_accs.clear()
     for name in NAMES[1:]:
-        torch.testing.assert_close(found[0][name], found[1][name], msg=lambda text: f"{name}: {text}")
+        assert_close(found[0][name], found[1][name], name)
         assert found[0][name].abs().sum() > 0
 
 
