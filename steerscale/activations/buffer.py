@@ -47,9 +47,9 @@ class ShuffleBuffer:
             for hook, d in widths.items()
         }
 
-    def first_row(self, half: int, lane: int) -> int:
-        """Storage row of slot 0 of a half of a lane of this replica; the other slots follow."""
-        return (half * self._lanes + lane) * self._slots
+    def first_row(self, block: int, lane: int) -> int:
+        """Storage row of slot 0 of a block of a lane of this replica; blocks take turns in the halves."""
+        return (block % HALVES * self._lanes + lane) * self._slots
 
     def wait(self, written: torch.cuda.Event) -> None:
         """Let reads from now on come behind `written`, an event after writes on another CUDA stream."""
@@ -128,7 +128,10 @@ def free_host_memory() -> int | None:
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except OSError:
         return free
-    # What is used may be page cache that would be given up: it is in MemAvailable, but no group says how much.
-    return free if limit == "max" or free is None else min(free, max(int(limit) - used, 0))
+    if limit == "max" or free is None:
+        return free
+    # Cached files that nobody uses count as used, but are given up when memory is asked for.
+    return min(free, max(int(limit) - used + int(stat.get("inactive_file", 0)), 0))

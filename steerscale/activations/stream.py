@@ -51,6 +51,8 @@ class _Lane:
 
     number: int
     """Over all replicas."""
+    local: int
+    """In this one."""
     index: int = 0
     """Block that is being consumed."""
     offset: int = 0
@@ -111,7 +113,7 @@ class ActivationStream:
             drop_first=config.drop_first,
         )
         own = config.lanes // replicas
-        self._lanes = [_Lane(number) for number in range(rank * own, (rank + 1) * own)]
+        self._lanes = [_Lane(number=rank * own + local, local=local) for local in range(own)]
         self._batch_size = min(config.micro_batch_size, sequences)
         self._passes = -(-sequences // self._batch_size)
         owned = {hook: d for hook, d in source.widths.items() if hook in source.owned}
@@ -206,7 +208,7 @@ class ActivationStream:
                 continue
             end = min(lane.offset + count, len(block))
             with self._time("shuffle"):
-                self._rows.append(self._place(lane, lane.index) + block.order[lane.offset : end])
+                self._rows.append(self._buffer.first_row(lane.index, lane.local) + block.order[lane.offset : end])
                 ids.append(block.ids(lane.offset, end))
             count -= end - lane.offset
             lane.offset = end
@@ -222,28 +224,22 @@ class ActivationStream:
     def _keep_pace(self, lane: _Lane) -> None:
         """Produce as large a share of the next block as has been consumed of the current one, lanes out of step."""
         consumed = lane.offset / max(len(lane.blocks[lane.index]), 1)
-        phase = (self._local(lane) + 0.5) / len(self._lanes)
+        phase = (lane.local + 0.5) / len(self._lanes)
         self._produce(lane, lane.index + 1, int(consumed * self._passes + phase))
 
     def _produce(self, lane: _Lane, index: int, passes: int) -> None:
         """Run the first `passes` forward passes of a block, if they have not been."""
-        if passes == 0:
+        if passes <= lane.passes.get(index, 0):
             return
-        block = self._begin(lane, index)
-        if (begin := lane.passes[index]) >= passes:
-            return
-        with self._beside():
-            for number in range(begin, passes):
-                self._run(lane, block, number)
-            lane.passes[index] = passes
-            if self._on_cuda and passes == self._passes:
-                lane.ready[index] = torch.cuda.current_stream().record_event()
-
-    def _begin(self, lane: _Lane, index: int) -> Block:
         if index not in lane.blocks:
             with self._time("data"):
                 lane.blocks[index], lane.passes[index] = self.order.block(lane.number, index), 0
-        return lane.blocks[index]
+        with self._beside():
+            for number in range(lane.passes[index], passes):
+                self._run(lane, lane.blocks[index], number)
+            lane.passes[index] = passes
+            if self._on_cuda and passes == self._passes:
+                lane.ready[index] = torch.cuda.current_stream().record_event()
 
     def _run(self, lane: _Lane, block: Block, number: int) -> None:
         """One forward pass, and what is kept of it into the buffer."""
@@ -255,8 +251,9 @@ class ActivationStream:
         with self._time("shuffle"):
             kept, before = block.rows(begin, end)
             chosen = torch.from_numpy(kept).to(self.context.device)
+            row = self._buffer.first_row(block.index, lane.local) + before
             for hook, x_BSd in activations.items():
-                self._buffer.write(hook, self._place(lane, block.index) + before, x_BSd.flatten(0, 1), chosen)
+                self._buffer.write(hook, row, x_BSd.flatten(0, 1), chosen)
 
     def _read(self) -> None:
         """Read what is marked."""
@@ -278,12 +275,6 @@ class ActivationStream:
             return nullcontext()
         self._side.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self._side)
-
-    def _place(self, lane: _Lane, index: int) -> int:
-        return self._buffer.first_row(index % 2, self._local(lane))
-
-    def _local(self, lane: _Lane) -> int:
-        return lane.number - self._lanes[0].number
 
     @contextlib.contextmanager
     def _time(self, what: str) -> Iterator[None]:
