@@ -35,15 +35,22 @@ def sum_rows(values: torch.Tensor, selection: Selection, W_ND: torch.Tensor) -> 
 
 
 def sum_tokens(
-    values: torch.Tensor, selection: Selection, y_BD: torch.Tensor, *, into: torch.Tensor | None = None
+    values: torch.Tensor,
+    selection: Selection,
+    y_BD: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[N, d] sum of the rows of y at each latent's entries, weighted by `values` [nnz]; zeros for a latent without any.
 
-    Added to `into` where that is given, which is returned then.
+    In `dtype`: that of the weight whose gradient this is (default: y's). Added to `into` where given, which is returned then.
     """
     transpose = selection.by_latent
+    dtype = dtype or y_BD.dtype
     if kernels := _triton(values, y_BD):
-        return kernels.sum_tokens(values, selection, y_BD, into=into)
+        return kernels.sum_tokens(values, selection, y_BD, dtype=dtype, into=into)
+    values, y_BD = values.to(dtype), y_BD.to(dtype)
     if library := _library(values, y_BD, into):
         out = _output(selection, y_BD, into)
         values, y_BD = values.contiguous(), y_BD.contiguous()
@@ -128,8 +135,9 @@ def decode_gradients(
     # d_W[j] . W[j] = sum of v (y[b] . W[j]): the products are known already.
     along = sum_entries(values * d_values, selection) if project else None
     if kernels := _triton(values, y_BD, W_ND):
-        return d_values, kernels.sum_tokens(values, selection, y_BD, into=into, along=along, W_ND=W_ND)
-    out = sum_tokens(values, selection, y_BD, into=into)
+        out = kernels.sum_tokens(values, selection, y_BD, dtype=W_ND.dtype, into=into, along=along, W_ND=W_ND)
+        return d_values, out
+    out = sum_tokens(values, selection, y_BD, dtype=W_ND.dtype, into=into)
     if along is not None:
         out.addcmul_(W_ND.to(out.dtype), along[:, None].to(out.dtype), value=-1)
     return d_values, out

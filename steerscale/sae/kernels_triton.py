@@ -4,6 +4,8 @@ Inputs may be bfloat16, float16 or float32; sums are float32. One program owns o
 Entries are taken in tiles, so that a latent active on every token costs its program hundreds of steps, not thousands.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -91,13 +93,15 @@ def sum_tokens(
     selection: Selection,
     y_BD: torch.Tensor,
     *,
+    dtype: torch.dtype,
     into: torch.Tensor | None,
     along: torch.Tensor | None = None,
     W_ND: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[N, d] in y's type, or added to `into`: `kernels.sum_tokens`, less `along` [N] times the rows of W where given."""
+    """[N, d] in `dtype`, or added to `into`: `kernels.sum_tokens`, less `along` [N] times the rows of W where given."""
     transpose = selection.by_latent
-    out = y_BD.new_empty(selection.num_latents, y_BD.shape[1]) if into is None else into
+    shape = (selection.num_latents, y_BD.shape[1])
+    out = torch.empty(shape, dtype=dtype, device=y_BD.device) if into is None else into
     add = into is not None
     _launch_bag(
         values, transpose.order, transpose.tokens, transpose.offsets, y_BD, out, add=add, along=along, W_ND=W_ND
@@ -112,7 +116,8 @@ def pair_products(y_BD: torch.Tensor, selection: Selection, W_ND: torch.Tensor) 
     if selection.nnz:
         d = y_BD.shape[1]
         grid = (selection.num_tokens,)
-        _pairs[grid](y_BD, W_ND, selection.latents, selection.offsets, out, d, TILE=TILE, BLOCK_D=_columns(d))
+        launch: Any = _pairs[grid]
+        launch(y_BD, W_ND, selection.latents, selection.offsets, out, d, TILE=TILE, BLOCK_D=_columns(d))
     return out
 
 
@@ -134,7 +139,8 @@ def _launch_bag(
         return
     block = _columns(d)
     # Arguments that a variant does not read still have to be tensors.
-    _bag[(count, triton.cdiv(d, block))](
+    launch: Any = _bag[(count, triton.cdiv(d, block))]
+    launch(
         values,
         rows if order is None else order,
         rows,

@@ -103,7 +103,9 @@ class _Encode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = kernels.sum_rows(d_values, selection, W_enc_ND).to(x_BD.dtype)
         if ctx.needs_input_grad[1]:
-            d_W = ctx.target.done(kernels.sum_tokens(d_values, selection, x_BD, into=ctx.target.buffer))
+            d_W = ctx.target.done(
+                kernels.sum_tokens(d_values, selection, x_BD, dtype=W_enc_ND.dtype, into=ctx.target.buffer)
+            )
         if ctx.needs_input_grad[2]:
             d_b = kernels.sum_entries(d_values, selection).to(ctx.bias_dtype)
         return d_x, d_W, d_b, None, None, None

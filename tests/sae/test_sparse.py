@@ -162,6 +162,16 @@ def test_sparse_bf16_is_dense_rounded(means: str) -> None:
         assert error < 0.02, name
 
 
+def test_sparse_gradient_of_float32_weight_from_bf16_input_is_not_rounded(means: str) -> None:
+    leaves = make_leaves(40, 16, 8, torch.float32)
+    x, W_enc = leaves["x"].detach().bfloat16(), leaves["W_enc"]
+    selection = topk_across(torch.randn(40, 8), 6)
+    values = selected_pre_activations(pre_activations(x, W_enc.bfloat16()), selection, x_BD=x, W_enc_ND=W_enc)
+    values.float().sum().backward()
+    expected = selection.dense(torch.ones(selection.nnz)).t() @ x.float()
+    torch.testing.assert_close(W_enc.grad, expected)
+
+
 def test_sparse_bits_do_not_depend_on_threads() -> None:
     leaves = make_leaves(300, 48, 400, torch.float32)
     selection = choose("topk", leaves)
