@@ -43,7 +43,8 @@ def sae_lens() -> Any:
 
 @pytest.fixture(scope="module")
 def sparsify() -> Any:
-    with _their_warnings():
+    with _their_warnings(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSIFY_DISABLE_TRITON", "1")  # where Triton is installed it would be used, on a CPU too
         import sparsify
     return sparsify
 
