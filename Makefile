@@ -45,6 +45,7 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright --pythonpath $(BIN)/python --level error
 	$(BIN)/python -m launch.config_docs --check
+	$(BIN)/shellcheck --exclude=SC1091 slurm/testbed.sh tests/golden/sbatch/*.sbatch
 
 format: setup
 	$(BIN)/ruff format .
@@ -59,9 +60,9 @@ bench: setup
 docs: setup
 	$(BIN)/python -m launch.config_docs
 
-# Regenerate golden losses; say why in the commit message.
+# Regenerate golden losses and sbatch scripts; say why in the commit message.
 golden: setup
-	STEERSCALE_GOLDEN=write $(BIN)/python -m pytest tests/golden -q
+	STEERSCALE_GOLDEN=write $(BIN)/python -m pytest tests/golden tests/launch/test_slurm.py -q
 
 # The same tests on Python 3.12 with the newest Megatron-Core, in an environment of their own.
 test-py312:

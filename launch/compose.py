@@ -206,8 +206,8 @@ def _check_key(text: str, key: str, value: Any) -> str:
     for depth, part in enumerate(path):
         cls = section(hint)
         if cls is None:
-            if _holds(hint, dict):
-                return text  # names inside a mapping are free
+            if _holds(hint, dict):  # names inside a mapping are free
+                return _as_text(text, value) if str in typing.get_args(hint)[1:] else text
             above = ".".join(path[:depth])
             raise ConfigError(f"unknown key {key!r}: {above} is a value without keys of its own, write {above}=VALUE")
         hints = typing.get_type_hints(cls)
@@ -222,9 +222,13 @@ def _check_key(text: str, key: str, value: Any) -> str:
             f"{text}: {key} is a section, and there are no files to choose from; set its keys, e.g. {key}.{names[0]}=... "
             f"(it has {_listed(names)})"
         )
-    if _holds(hint, str) and isinstance(value, (int, float)):
-        return f"{key}='{text.split('=', 1)[1].strip()}'"
-    return text
+    return _as_text(text, value) if _holds(hint, str) else text
+
+
+def _as_text(text: str, value: Any) -> str:
+    """The override `text`, quoted if Hydra would read a number."""
+    key, _, written = text.partition("=")
+    return f"{key}='{written.strip()}'" if isinstance(value, (int, float)) else text
 
 
 def _holds(hint: Any, kind: type) -> bool:

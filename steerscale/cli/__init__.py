@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from steerscale.errors import SteerscaleError
 
-COMMANDS = ("tokenizer", "data", "sample", "dashboard", "export", "plan", "sae")
+COMMANDS = ("tokenizer", "data", "sample", "dashboard", "export", "plan", "sae", "status", "cancel", "resubmit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -86,8 +86,8 @@ def test_without_accounting_a_forgotten_job_is_lost(testbed: Testbed, german_dat
     assert wait_for(run_dir, has_ended).state == "failed"
     testbed.forget()
     assert look(run_dir).state == "lost"
-    assert steerscale(["resubmit", str(run_dir), "--state", "lost", "--set", "cluster.setup=[]"]) == 0
-    assert wait_for(run_dir, has_ended).state == "finished"
+    assert steerscale(["resubmit", str(run_dir), "--state", "lost"]) == 0
+    assert wait_for(run_dir, has_ended).state == "failed"
 
 
 def test_accounting_knows_what_the_queue_has_forgotten(
@@ -96,7 +96,6 @@ def test_accounting_knows_what_the_queue_has_forgotten(
     settings: dict[str, dict[str, Any]] = {
         "cancelled": {"options": {"begin": "now+1hour"}},
         "failed": {"setup": ["exit 3"]},
-        "finished": {},
     }
     for name, cluster in settings.items():
         submit([on_testbed(run_config(german_data, tmp_path / name), **cluster)], command=["test"])
@@ -106,7 +105,7 @@ def test_accounting_knows_what_the_queue_has_forgotten(
     for name in settings:
         assert wait_for(tmp_path / name, has_ended).state == name
     accounted_testbed.forget()
-    for name, word in (("cancelled", "CANCELLED"), ("failed", "FAILED"), ("finished", "COMPLETED")):
+    for name, word in (("cancelled", "CANCELLED"), ("failed", "FAILED")):
         one = wait_for(tmp_path / name, lambda one, name=name: one.state == name)  # sacct lags some seconds
         assert one.job is not None
         assert query([one.job])[one.job].state == word

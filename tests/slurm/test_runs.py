@@ -19,11 +19,11 @@ from steerscale.train.config import RunConfig
 from tests.slurm.testbed import Testbed, call, has_ended, look, on_testbed, output, wait_for, wait_for_step
 from tests.train.runs import curve, run_config
 
-STEPS = 40
+STEPS = 24
 TWO_BY_TWO = [
     *("launcher=slurm", "cluster=testbed", "launcher.timeout_minutes=2", "parallel.tensor=2", "parallel.data=2"),
     *("parallel.global_batch_size=8", "parallel.micro_batch_size=2", "model.num_layers=2", "model.d_model=32"),
-    *("model.num_heads=4", "model.seq_len=32", "model.dropout=0.1", f"train.steps={STEPS}", "train.eval_interval=15"),
+    *("model.num_heads=4", "model.seq_len=32", "model.dropout=0.1", f"train.steps={STEPS}", "train.eval_interval=10"),
     *("train.eval_samples=6", "optim.lr=3e-3", "checkpoint.interval=5", "checkpoint.keep=0", "metrics.interval=1"),
     "metrics.tensorboard=false",
 ]
@@ -119,7 +119,7 @@ def test_next_job_is_submitted_where_requeue_is_refused(testbed: Testbed, german
     marker = tmp_path / "marker"
     run_dir = tmp_path / f"a 'run' of 100%d $(touch {marker.name}) \"x\""
     config = replace(run_config(german_data, run_dir), name=run_dir.name)
-    longer = on_testbed(replace(config, train=replace(config.train, steps=300)), setup=[f"cd '{tmp_path}'"])
+    longer = on_testbed(replace(config, train=replace(config.train, steps=100)), setup=[f"cd '{tmp_path}'"])
     job = submit([longer], command=["test"])
     wait_for_step(run_dir, 1)
     call("scontrol", "update", f"jobid={job}", "requeue=0")
