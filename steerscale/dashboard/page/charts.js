@@ -39,9 +39,9 @@ function chooseDrawn(shown) {
 function layoutOf(more) {
   const style = getComputedStyle(document.documentElement);
   const [ink, line, paper] = ["--soft", "--line", "--paper"].map((name) => style.getPropertyValue(name).trim());
-  const axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true };
+  const axis = { gridcolor: line, zerolinecolor: line, linecolor: line };
   return {
-    margin: { l: 52, r: 12, t: 8, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
+    margin: { l: 60, r: 12, t: 8, b: 40 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
     font: { color: ink, size: 11, family: style.fontFamily }, hoverlabel: { bgcolor: paper, bordercolor: line, font: { color: style.getPropertyValue("--ink").trim() } },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: ink, activecolor: style.getPropertyValue("--accent").trim() },
     hovermode: "closest", ...more, xaxis: { ...axis, ...more.xaxis }, yaxis: { ...axis, ...more.yaxis },
@@ -90,10 +90,15 @@ function later(figure, draw) {
   watcher.observe(figure);
 }
 
-function plot(figure, caption, unit, traces, layout, empty = "nothing recorded") {
+/** A legend of ours above it, since Plotly's own moves the plot about to make room. */
+function plot(figure, caption, unit, traces, layout, empty = "nothing recorded", legend = []) {
   if (!figure.firstChild) figure.append(element("figcaption"), element("div", { class: "plot" }));
   const [head, box] = figure.children;
-  head.replaceChildren(caption, " ", element("span", {}, unit));
+  head.replaceChildren(caption, " ", element("span", {}, unit), ...legend.slice(0, MOST_DRAWN).map(([label, color]) => {
+    const swatch = element("i", { class: "swatch" });
+    swatch.style.background = color;
+    return element("span", { class: "entry" }, swatch, label);
+  }));
   const some = traces.some((trace) => trace.y.some((value) => value !== null && value !== undefined));
   later(figure, () => {
     if (!some) {
@@ -174,8 +179,9 @@ function drawEvents(figure, xaxis) {
     type: "category", categoryarray: [...names.values()].reverse(), categoryorder: "array", range: [-0.6, drawn.length - 0.4],
     tickvals: [...names.values()], ticktext: [...names.keys()].map((run) => plain(shorten(run.figures.run, 28))),
   };
-  const layout = { xaxis, yaxis, showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, margin: { l: 52, r: 12, t: 28, b: 36 } };
-  plot(figure, "Restarts, skipped and slow steps, ranks waited for", "a row a run", traces, layout, "none in these runs");
+  const layout = { xaxis, yaxis, margin: { l: 190, r: 12, t: 8, b: 40 } };
+  const legend = Object.values(MARKS).map(([label, , color]) => [label, color]);
+  plot(figure, "Restarts, skipped and slow steps, ranks waited for", "a row a run", traces, layout, "none in these runs", legend);
   const box = figure.children[1];
   box.style.height = `${Math.max(250, 80 + 24 * drawn.length)}px`;
 }
@@ -191,8 +197,9 @@ function drawScatter(runs) {
   }
   const names = [...groups.keys()].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
   const traces = names.map((name, index) => points(groups.get(name), x, y, plain(name), PALETTE[index % PALETTE.length]));
-  const layout = { xaxis: axisOf(x), yaxis: axisOf(y), showlegend: names.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom" } };
-  plot(byId("scatter"), `${titleOf(y)} over ${titleOf(x)}`, "a point a run; a click selects it", traces, layout);
+  const legend = names.length > 1 ? names.map((name, index) => [name, PALETTE[index % PALETTE.length]]) : [];
+  const layout = { xaxis: axisOf(x), yaxis: axisOf(y) };
+  plot(byId("scatter"), `${titleOf(y)} over ${titleOf(x)}`, "a point a run; a click selects it", traces, layout, undefined, legend);
   watchClicks(byId("scatter"));
 
   const [predicted, measured] = ["memory_predicted_gib", "memory_peak_gib_max"];
