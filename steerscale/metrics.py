@@ -152,6 +152,15 @@ def console_line(record: Mapping[str, Any], *, steps: int) -> str:
     return "  ".join(parts)
 
 
+def evaluation_lines(values: Mapping[str, float]) -> list[str]:
+    """A line of figures; of several SAEs a line each, begun with its name."""
+    lines: dict[str, list[str]] = {}
+    for key, value in values.items():
+        name, _, what = key.rpartition("/")
+        lines.setdefault(name, []).append(f"{what.replace('_', ' ')} {value:,.4g}")
+    return [f"{name}: {'  '.join(parts)}" if name else "  ".join(parts) for name, parts in lines.items()]
+
+
 def _over_saes(metrics: Mapping[str, float]) -> dict[str, float]:
     """What matters most of SAEs, as means over all of them."""
     means = {}
@@ -241,7 +250,8 @@ _TAGS = {
 def _scalars(kind: str, record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
     if kind == "eval":
         names = ("loss", "perplexity", "bits_per_byte")
-        return [(f"valid/{name.replace('_', ' ')}", record[name]) for name in names if name in record]
+        of_saes = [(f"sae held-out/{key}", value) for key, value in record.items() if "/" in key]
+        return [(f"valid/{name.replace('_', ' ')}", record[name]) for name in names if name in record] + of_saes
     if kind != "train":
         return []
     tags = [(tag, record[name]) for name, tag in _TAGS.items() if name in record]

@@ -76,11 +76,7 @@ class Order:
         places = index * self.block_sequences + np.arange(self.block_sequences)
         sequences = lane + self.lanes * places
         tokens_KS = np.ascontiguousarray(self.dataset.read(*self.dataset.locate(sequences))[:, :-1])
-        keep_KS = np.ones(tokens_KS.shape, dtype=bool)
-        for token in self.special_ids:
-            keep_KS &= tokens_KS != token
-        keep_KS[:, : self.drop_first] = False
-        kept = np.flatnonzero(keep_KS)
+        kept = np.flatnonzero(self.keeps(tokens_KS))
         key = f"activations/{self.seed}/{lane}/{index}"
         order = permute(np.arange(len(kept)), size=len(kept), key=key) if len(kept) else kept
         return Block(
@@ -91,6 +87,14 @@ class Order:
             kept=kept,
             order=order,
         )
+
+    def keeps(self, tokens_BS: np.ndarray) -> np.ndarray:
+        """bool [B, S]: which tokens of these sequences [B, S] are not left out."""
+        keep_BS = np.ones(tokens_BS.shape, dtype=bool)
+        for token in self.special_ids:
+            keep_BS &= tokens_BS != token
+        keep_BS[:, : self.drop_first] = False
+        return keep_BS
 
 
 def block_sequences(config: StreamConfig, *, seq_len: int, bytes_per_vector: int) -> int:

@@ -4,7 +4,7 @@ Shapes: B sequences, S sequence, M d_model, d width of a hook's activation.
 """
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import torch
 from steerscale.errors import ConfigError, LayoutError
 from steerscale.models.gpt import GPT
 from steerscale.models.hook_points import KINDS, hook_point
-from steerscale.models.hooks import hooked
+from steerscale.models.hooks import HookFunction, hooked
 from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.p2p import StageLink
 
@@ -43,6 +43,15 @@ class ActivationSource(Protocol):
 
         Whole on every tensor rank of the stage that owns the hook; empty on other stages. All ranks of a replica must
         go through the same batches.
+        """
+        ...
+
+    def losses(
+        self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, functions: Mapping[str, HookFunction]
+    ) -> torch.Tensor | None:
+        """Losses float32 [B, S] of the whole model with `functions` called at these hooks; None but on the last stage.
+
+        All ranks name the same hooks; see `models.hooks.hooked` for what a function may do.
         """
         ...
 
@@ -126,6 +135,22 @@ class GPTSource:
             chunk.set_input_tensor(None)
         self._link.send(hidden)
         return found
+
+    @torch.no_grad()
+    def losses(
+        self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, functions: Mapping[str, HookFunction]
+    ) -> torch.Tensor | None:
+        """See `ActivationSource.losses`."""
+        chunk = self.chunks[0].eval()
+        if not self.context.is_first_stage:
+            chunk.set_input_tensor(self._link.receive(self._hidden_shape(tokens_BS), self.dtype))
+        with hooked(self.chunks, functions):
+            output = chunk(tokens_BS, labels_BS=labels_BS)
+        chunk.set_input_tensor(None)
+        if self.context.is_last_stage:
+            return output.float()
+        self._link.send(output)
+        return None
 
     def _keep(self, found: dict[str, torch.Tensor], name: str, activation_BSM: torch.Tensor) -> None:
         found[name] = activation_BSM
@@ -217,6 +242,32 @@ class TransformersSource:
         found[name] = x_BSd.clone()  # what comes after may write into it
         if name == self._last:
             raise _Enough
+
+    @torch.no_grad()
+    def losses(
+        self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, functions: Mapping[str, HookFunction]
+    ) -> torch.Tensor | None:
+        """See `ActivationSource.losses`."""
+        handles = [
+            self._modules[name].register_forward_hook(partial(self._replace, function))
+            for name, function in functions.items()
+        ]
+        try:
+            logits_BSV = self.model(tokens_BS).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        losses = torch.nn.functional.cross_entropy(
+            logits_BSV.float().flatten(0, 1), labels_BS.flatten(), reduction="none"
+        )
+        return losses.view_as(labels_BS)
+
+    def _replace(self, function: HookFunction, module: Any, args: Any, output: Any) -> Any:
+        x_BSd = output[0] if isinstance(output, tuple) else output
+        replacement = function(x_BSd.clone())
+        if replacement is None:
+            return None
+        return (replacement, *output[1:]) if isinstance(output, tuple) else replacement
 
     def close(self) -> None:
         """Nothing is on its way."""

@@ -150,6 +150,10 @@ class ActivationStream:
         self.consumed.add_ids(whole)
         return StreamBatch(ids=torch.from_numpy(whole), activations=activations)
 
+    def keeps(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """bool [B, S] on the CPU: which of these tokens the stream does not leave out."""
+        return torch.from_numpy(self.order.keeps(tokens_BS.cpu().numpy()))
+
     def state(self) -> dict[str, Any]:
         """Where the stream stands, for a checkpoint; JSON-able, the same on all ranks, valid on any layout.
 

@@ -105,6 +105,11 @@ class FragmentReader:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{directory / INDEX} cannot be read: {error}") from error
 
+    @property
+    def names(self) -> list[tuple[str, str]]:
+        """(kind, parameter) of everything that is there."""
+        return list(self._places)
+
     def read(
         self,
         kind: str,

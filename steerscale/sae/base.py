@@ -93,6 +93,9 @@ class SparseAutoencoder(torch.nn.Module, ABC):
         """Dead latents of the whole SAE, as of the last update."""
         self.sparsity = spec.config.sparsity
         """The weight of the penalty in this step."""
+        self.into_main_grad = True
+        """Whether all gradients of W_enc and W_dec come by the sparse products, which then add them to `main_grad` in place."""
+        self._pre: torch.Tensor | None = None
         self.averages: dict[str, torch.Tensor] = {}
         """Moving averages of the parameters by name, where config.ema asks for them."""
 
@@ -162,18 +165,34 @@ class SparseAutoencoder(torch.nn.Module, ABC):
                 b_dec = tensor_parallel.copy_to_tensor_model_parallel_region(b_dec, group=self.group)
             b_enc = _ThroughEncoder.apply(b_enc, b_dec, self.W_enc)
         x_Bd = x_Bd.to(self.compute_dtype)
-        pre_BN = pre_activations(x_Bd, self.W_enc.to(self.compute_dtype), self.b_enc.to(self.compute_dtype))
+        dtype = self.compute_dtype
+        pre_BN = pre_activations(
+            x_Bd, self.W_enc.to(dtype), self.b_enc.to(dtype), out=self._buffer(len(x_Bd)) if self.training else None
+        )
         return Encoded(x_Bd=x_Bd, pre_BN=pre_BN, b_enc_N=b_enc)
+
+    def _buffer(self, vectors: int) -> torch.Tensor:
+        """[B, N] for pre-activations, the same at each training step: nothing of them is needed later."""
+        if self._pre is None or len(self._pre) != vectors:
+            shape = (vectors, len(self.W_enc))
+            self._pre = torch.empty(shape, dtype=self.compute_dtype, device=self.context.device)
+        return self._pre
 
     def values(self, encoded: Encoded, selection: Selection) -> torch.Tensor:
         """[nnz] float32 pre-activations at the entries of `selection`, differentiable."""
         return selected_pre_activations(
-            encoded.pre_BN, selection, x_BD=encoded.x_Bd, W_enc_ND=self.W_enc, b_enc_N=encoded.b_enc_N
+            encoded.pre_BN,
+            selection,
+            x_BD=encoded.x_Bd,
+            W_enc_ND=self.W_enc,
+            b_enc_N=encoded.b_enc_N,
+            into_main_grad=self.into_main_grad,
         ).float()
 
     def partial(self, values: torch.Tensor, selection: Selection) -> torch.Tensor:
         """[B, d_out] what this rank's latents add to the reconstruction."""
-        return decode(values, selection, self.W_dec, project=self.spec.config.unit_norm_decoder)
+        project = self.spec.config.unit_norm_decoder
+        return decode(values, selection, self.W_dec, project=project, into_main_grad=self.into_main_grad)
 
     def sum_over_shards(self, partial: torch.Tensor) -> torch.Tensor:
         """The sum of all tensor ranks' parts; each rank's part gets the whole gradient."""
@@ -216,9 +235,12 @@ class SparseAutoencoder(torch.nn.Module, ABC):
 
     def reconstruct(self, input_Bd: torch.Tensor) -> torch.Tensor:
         """[B, d_out] reconstruction of raw activations, at inference, in their own scale; all ranks of the group together."""
-        selection, values = self.features(self.encode(input_Bd).pre_BN)
-        partial = self.sum_over_shards(self.partial(values.float(), selection))
-        return ((partial + self.b_dec) / self.scales.output).to(input_Bd.dtype)
+        return self.decode(*self.features(self.encode(input_Bd).pre_BN)).to(input_Bd.dtype)
+
+    def decode(self, selection: Selection, values: torch.Tensor) -> torch.Tensor:
+        """[B, d_out] float32 reconstruction from active latents of all shards, in the activations' own scale."""
+        total = self.sum_over_shards(decode(values.float(), selection, self.W_dec))
+        return (total + self.b_dec) / self.scales.output
 
     def before_step(self, step: int) -> None:
         """Step number `step`, counted from 0, begins."""

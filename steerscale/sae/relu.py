@@ -2,12 +2,19 @@
 
 import torch
 
+from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.select import Selection, select_where
 from steerscale.sae.base import Encoded, Losses, SparseAutoencoder
+from steerscale.sae.config import SAESpec
 
 
 class ReLUSAE(SparseAutoencoder):
     """|x - x_hat|^2 + sparsity * sum of f_j |W_dec[j]|: norms in the penalty keep large rows from evading it."""
+
+    def __init__(self, spec: SAESpec, context: ParallelContext, *, dtype: torch.dtype = torch.float32) -> None:
+        """See `SparseAutoencoder`."""
+        super().__init__(spec, context, dtype=dtype)
+        self.into_main_grad = self._norms_are_one  # otherwise the penalty has a gradient for W_dec as well
 
     def losses(self, encoded: Encoded, target_Bd: torch.Tensor) -> Losses:
         """See `SparseAutoencoder.losses`."""
@@ -21,10 +28,14 @@ class ReLUSAE(SparseAutoencoder):
 
     def decoder_norms(self) -> torch.Tensor:
         """[N] norms of the decoder's rows, summed over the hook points of a crosscoder."""
-        if self.spec.config.unit_norm_decoder and len(self.spec.outputs) == 1:
+        if self._norms_are_one:
             return torch.ones(len(self.W_dec), device=self.W_dec.device)
         parts = self.W_dec.unflatten(1, (len(self.spec.outputs), -1))
         return parts.norm(dim=2).sum(dim=1)
+
+    @property
+    def _norms_are_one(self) -> bool:
+        return self.spec.config.unit_norm_decoder and len(self.spec.outputs) == 1
 
     def features(self, pre_BN: torch.Tensor) -> tuple[Selection, torch.Tensor]:
         """See `SparseAutoencoder.features`."""

@@ -18,7 +18,7 @@ from steerscale.data.consumed import ConsumedHash
 from steerscale.data.order import Skip
 from steerscale.engines.megatron import StepResult
 from steerscale.errors import CheckpointError, TrainingError
-from steerscale.metrics import Recorder, console_line
+from steerscale.metrics import Recorder, console_line, evaluation_lines
 from steerscale.optim import learning_rate
 from steerscale.parallel.context import ParallelContext
 from steerscale.train.config import RunConfig, batch_size_at
@@ -192,8 +192,8 @@ class Loop:
         self.progress.evaluated_step = step
         if values:
             self.recorder.write("eval", self.progress.step, values)
-            shown = "  ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in values.items())
-            logger.info("step %d on held-out text: %s", self.progress.step, shown)
+            for line in evaluation_lines(values):
+                logger.info("step %d on held-out text: %s", self.progress.step, line)
 
     def _checkpoint_is_due(self) -> bool:
         """Not while steps are being skipped: whoever leaves their samples out begins before the first of them."""

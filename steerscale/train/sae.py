@@ -6,17 +6,21 @@ its figures. A *sample* is one activation vector, so `parallel.*_batch_size` cou
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
 from steerscale.activations.stream import ActivationStream, build_stream
 from steerscale.checkpoint.fragments import Fragment, FragmentReader
+from steerscale.data.dataset import SampleStream
+from steerscale.data.loader import MicroBatch, MicroBatchLoader
 from steerscale.engines.megatron import MegatronEngine, StepResult, Timer, Totals
 from steerscale.errors import ConfigError
+from steerscale.interp.sae_eval import evaluate_saes
 from steerscale.parallel.context import ParallelContext, stage_context
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.sae.architectures import ARCHITECTURES
@@ -73,6 +77,7 @@ class SAETask:
             for number, spec in enumerate(self.specs)
             if spec.inputs[0] in stream.source.owned
         ]
+        self._valid = _held_out(config, stream)
         self._fresh = True
 
     def micro_batches(self, consumed_samples: int, num_micro_batches: int) -> list[Vectors]:
@@ -139,8 +144,19 @@ class SAETask:
         return StepResult(totals=totals, grad_norm=grad_norm, applied=applied, metrics=metrics)
 
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, Any]:
-        """Nothing yet."""
-        return {}
+        """Each SAE on held-out text; see `interp.sae_eval`."""
+        if self._valid is None:
+            return {}
+        found = evaluate_saes(
+            self.specs,
+            {trained.sae.spec.name: trained.sae for trained in self.trained},
+            self.stream.source,
+            held_out_batches(self._valid, self.config, self.context),
+            self.context,
+            kept=self.stream.keeps,
+            should_stop=should_stop,
+        )
+        return {f"{name}/{key}": value for name, one in found.items() for key, value in one.values.items()}
 
     def throughput(self, seconds: float, layout: ParallelLayout) -> dict[str, float | None]:
         """Vectors a second."""
@@ -207,6 +223,28 @@ def build_sae_task(config: RunConfig, context: ParallelContext) -> SAETask:
     return SAETask(config, context, stream)
 
 
+def _held_out(config: RunConfig, stream: ActivationStream) -> SampleStream | None:
+    """The beginning of the held-out split; None where there is none."""
+    assert config.data is not None
+    if any("valid" not in manifest.splits for manifest in stream.order.dataset.manifests):
+        return None
+    valid = SampleStream(config.data, seq_len=stream.source.seq_len, split="valid", shuffle=False)
+    valid.limit(config.train.eval_samples)
+    return valid
+
+
+def held_out_batches(valid: SampleStream, config: RunConfig, context: ParallelContext) -> Iterator[MicroBatch]:
+    """This replica's part of a finite stream of text, in the language model's micro-batches."""
+    assert config.stream is not None
+    size = config.stream.micro_batch_size
+    loader = MicroBatchLoader(
+        valid, data_rank=context.at.data, data_size=context.layout.data, micro_batch_size=size, num_prefetch=0
+    )
+    with closing(loader):
+        for begin in range(0, valid.num_samples or 0, size * context.layout.data):
+            yield from loader.step(begin, 1)
+
+
 def _build(number: int, spec: SAESpec, config: RunConfig, stage: ParallelContext) -> Trained:
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     sae = ARCHITECTURES[spec.config.architecture](spec, stage, dtype=dtype)
@@ -225,7 +263,7 @@ def _build(number: int, spec: SAESpec, config: RunConfig, stage: ParallelContext
 
 
 def _forward(batch: Vectors, sae: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
-    spec = sae.spec if isinstance(sae, SparseAutoencoder) else sae.module.spec
+    spec = cast("SparseAutoencoder", sae.module).spec  # inside Megatron-Core's data parallelism
     inputs = batch.of(spec.inputs)
     losses: Losses = sae(inputs, batch.of(spec.outputs) if spec.is_transcoder else inputs)
     tokens = torch.tensor(batch.size, dtype=torch.int, device=inputs.device)

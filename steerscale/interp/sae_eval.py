@@ -1,0 +1,223 @@
+"""How good is an SAE? Reconstruction, sparsity, and what the language model loses when it reads the reconstruction.
+
+For each SAE, over held-out text:
+
+    l0              mean active latents of a vector
+    fvu             sum |x - x_hat|^2 / sum |x - mean x|^2, the mean over the evaluated vectors; explained variance is 1 - fvu
+    mse             mean |x - x_hat|^2, in the activations' own scale
+    cosine          mean cosine of x and x_hat
+    norm_ratio      sum |x_hat| / sum |x|: below 1 where the SAE shrinks
+    dead            share of latents that no vector activates
+    ce_clean, ce_spliced, ce_zero, ce_mean
+                    the model's loss a token as it is, with x_hat, zeros or the mean of x in x's place
+    ce_recovered    (ce_zero - ce_spliced) / (ce_zero - ce_clean)
+
+Tokens that the stream drops are left as they are, and are not counted except in the losses. A crosscoder is not spliced.
+
+    B sequences, S sequence, d width, V vectors that count, N latents of this tensor rank
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from steerscale.activations.source import ActivationSource
+from steerscale.data.loader import MicroBatch
+from steerscale.models.hooks import HookFunction
+from steerscale.parallel.context import ParallelContext
+from steerscale.sae.base import SparseAutoencoder
+from steerscale.sae.config import SAESpec
+
+SUMS = ("count", "squared_error", "l0", "norm", "norm_hat", "cosine", "square")
+LOSSES = ("clean", "spliced", "zero", "mean")
+
+
+@dataclass
+class Evaluation:
+    """What was found about one SAE."""
+
+    values: dict[str, float]
+    """By the names above; nan or absent where it could not be measured."""
+    frequency_N: torch.Tensor | None
+    """[N] share of the vectors that activate each of this rank's latents; None on other stages."""
+
+
+@dataclass
+class _Sums:
+    """Of one SAE on one rank; `loss` is of the last stage."""
+
+    sums: torch.Tensor
+    total_d: torch.Tensor
+    active_N: torch.Tensor
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def evaluate_saes(
+    specs: Sequence[SAESpec],
+    saes: Mapping[str, SparseAutoencoder],
+    source: ActivationSource,
+    batches: Iterable[MicroBatch],
+    context: ParallelContext,
+    *,
+    kept: Callable[[torch.Tensor], torch.Tensor],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Evaluation]:
+    """Evaluate all SAEs of a run; a collective of all ranks, with the same result on each.
+
+    Args:
+        saes: those of this rank's stage, by name.
+        batches: this replica's part, as many on every replica; rows whose loss mask is 0 throughout do not count.
+        kept: tokens int64 [B, S] -> bool [B, S], which of them the stream would keep.
+        should_stop: asked between batches, on all ranks alike; the answer True ends the evaluation with nothing.
+    Runs 1 + (2 for each hook point) + (1 for each SAE) forward passes of the language model for each batch.
+    """
+    evaluator = _Evaluator(specs, saes, source, context, kept)
+    for batch in batches:
+        if should_stop():
+            return {}
+        evaluator.add(batch.to(context.device))
+    return evaluator.result()
+
+
+class _Evaluator:
+    def __init__(
+        self,
+        specs: Sequence[SAESpec],
+        saes: Mapping[str, SparseAutoencoder],
+        source: ActivationSource,
+        context: ParallelContext,
+        kept: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self._specs, self._saes, self._source, self._context, self._kept = specs, saes, source, context, kept
+        self._tokens = torch.zeros((), dtype=torch.float64, device=context.device)
+        double = {"dtype": torch.float64, "device": context.device}
+        self._sums = {
+            spec.name: _Sums(
+                sums=torch.zeros(len(SUMS), **double),
+                total_d=torch.zeros(spec.d_out, **double),
+                active_N=torch.zeros(len(saes[spec.name].W_enc) if spec.name in saes else 0, **double),
+                losses={name: torch.zeros((), **double) for name in LOSSES},
+            )
+            for spec in specs
+        }
+
+    def add(self, batch: MicroBatch) -> None:
+        """One micro-batch through the model, once for each thing that is put in its way."""
+        real_B = batch.loss_mask_BS.bool().any(dim=1, keepdim=True)
+        kept_BS = self._kept(batch.tokens_BS).to(batch.tokens_BS.device) & real_B
+        (activations,) = self._source.run([batch.tokens_BS])
+        for name, sae in self._saes.items():
+            self._measure(self._sums[name], sae, activations, kept_BS)
+        self._tokens += batch.loss_mask_BS.sum()
+        clean = self._loss(batch, {})
+        done: dict[tuple[str, str], torch.Tensor] = {}
+        for spec in self._specs:
+            if len(spec.outputs) > 1:
+                continue
+            (target,) = spec.outputs
+            losses = self._sums[spec.name].losses
+            losses["clean"] += clean
+            for kind in ("zero", "mean"):
+                if (kind, target) not in done:
+                    done[kind, target] = self._loss(batch, {target: partial(self._ablate, spec, kind, kept_BS)})
+                losses[kind] += done[kind, target]
+            losses["spliced"] += self._loss(batch, self._splice(spec, kept_BS))
+
+    def _measure(
+        self, sums: _Sums, sae: SparseAutoencoder, activations: Mapping[str, torch.Tensor], kept_BS: torch.Tensor
+    ) -> None:
+        x_Vd, y_Vd = (
+            torch.cat([activations[hook][kept_BS] for hook in hooks], dim=1)
+            for hooks in (sae.spec.inputs, sae.spec.outputs)
+        )
+        sae.eval()
+        selection, values = sae.features(sae.encode(x_Vd).pre_BN)
+        sae.train()
+        active = values > 0
+        sums.active_N += torch.bincount(selection.latents[active], minlength=len(sums.active_N))
+        hat_Vd = sae.decode(selection, values).double()
+        y_Vd = y_Vd.double()
+        l0 = active.sum().double()
+        if sae.group is not None:
+            dist.all_reduce(l0, group=sae.group)
+        norm_V, norm_hat_V = y_Vd.norm(dim=1), hat_Vd.norm(dim=1)
+        cosine_V = (y_Vd * hat_Vd).sum(1) / (norm_V * norm_hat_V).clamp_min(1e-30)
+        of_vectors = [(y_Vd - hat_Vd).square(), l0, norm_V, norm_hat_V, cosine_V, y_Vd.square()]
+        sums.sums += torch.stack([l0.new_tensor(len(y_Vd)), *(part.sum() for part in of_vectors)])
+        sums.total_d += y_Vd.sum(0)
+
+    def _loss(self, batch: MicroBatch, functions: Mapping[str, HookFunction]) -> torch.Tensor:
+        """Sum of the losses that count, on the last stage; 0 elsewhere."""
+        losses_BS = self._source.losses(batch.tokens_BS, batch.labels_BS, functions)
+        return self._tokens.new_zeros(()) if losses_BS is None else (losses_BS.double() * batch.loss_mask_BS).sum()
+
+    def _ablate(self, spec: SAESpec, kind: str, kept_BS: torch.Tensor, x_BSd: torch.Tensor) -> torch.Tensor:
+        scales = self._saes[spec.name].scales
+        value = torch.zeros_like(scales.mean) if kind == "zero" else scales.mean / scales.output
+        return torch.where(kept_BS.unsqueeze(2), value.to(x_BSd.dtype), x_BSd)
+
+    def _splice(self, spec: SAESpec, kept_BS: torch.Tensor) -> dict[str, HookFunction]:
+        (source,), (target,) = spec.inputs, spec.outputs
+        read: list[torch.Tensor] = []
+
+        def keep(x_BSd: torch.Tensor) -> None:
+            read[:] = [x_BSd]
+
+        def put(x_BSd: torch.Tensor) -> torch.Tensor:
+            sae = self._saes[spec.name].eval()
+            hat_Vd = sae.reconstruct((read[0] if spec.is_transcoder else x_BSd)[kept_BS])
+            sae.train()
+            x_BSd[kept_BS] = hat_Vd.to(x_BSd.dtype)
+            return x_BSd
+
+        return {source: keep, target: put} if spec.is_transcoder else {target: put}
+
+    def result(self) -> dict[str, Evaluation]:
+        """Everything over all replicas, told to all stages: one all-reduce of the sums, one of the counts an SAE."""
+        dist.all_reduce(self._tokens, group=self._context.groups.dp)
+        found = {}
+        for spec in self._specs:
+            mine, sae = self._sums[spec.name], self._saes.get(spec.name)
+            active_N = mine.active_N
+            if sae is not None and sae.replicas is not None:
+                dist.all_reduce(active_N, group=sae.replicas)
+            never = (active_N == 0).sum().double().reshape(1) if sae is not None else mine.sums.new_zeros(1)
+            first = self._context.at.data == 0
+            told = sae is not None and sae.context.at.tensor == 0
+            counted = self._context.counts_once
+            sums = torch.cat(
+                [
+                    torch.cat([mine.sums, mine.total_d]) * told,
+                    never * first,
+                    torch.stack(list(mine.losses.values())) * counted,
+                ]
+            )
+            dist.all_reduce(sums)
+            frequency = None if sae is None else active_N / sums[0]
+            found[spec.name] = Evaluation(values=self._values(spec, sums), frequency_N=frequency)
+        return found
+
+    def _values(self, spec: SAESpec, sums: torch.Tensor) -> dict[str, float]:
+        of = dict(zip(SUMS, sums[: len(SUMS)].tolist()))
+        total_d = sums[len(SUMS) : len(SUMS) + spec.d_out]
+        never, *losses = sums[len(SUMS) + spec.d_out :].tolist()
+        count = of["count"]
+        variance = of["square"] - float(total_d.square().sum()) / count
+        values = {
+            "l0": of["l0"] / count,
+            "fvu": of["squared_error"] / variance,
+            "mse": of["squared_error"] / count,
+            "cosine": of["cosine"] / count,
+            "norm_ratio": of["norm_hat"] / of["norm"],
+            "dead": never / spec.width,
+            "vectors": count,
+        }
+        if len(spec.outputs) == 1:
+            ce = {name: loss / float(self._tokens) for name, loss in zip(LOSSES, losses)}
+            values |= {f"ce_{name}": loss for name, loss in ce.items()}
+            values["ce_recovered"] = (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"])
+        return values

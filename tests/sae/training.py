@@ -1,0 +1,137 @@
+"""SAEs trained on the ranks of a pool: a tiny frozen model, what was selected at every step, and where it ended."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from steerscale.activations.config import StreamConfig
+from steerscale.checkpoint.config import CheckpointConfig
+from steerscale.checkpoint.fragments import FragmentReader
+from steerscale.data.config import DataConfig
+from steerscale.metrics import read_records
+from steerscale.models.config import ModelConfig
+from steerscale.optim import OptimConfig
+from steerscale.parallel.layout import ParallelConfig
+from steerscale.parallel.select import Selection
+from steerscale.rundir import create_run_dir
+from steerscale.sae.base import SparseAutoencoder
+from steerscale.sae.config import SAEConfig
+from steerscale.train.config import MetricsConfig, RunConfig, TrainConfig
+from steerscale.train.run import run
+from steerscale.train.signals import StopRequest
+from tests.train.runs import newest
+
+MODEL = ModelConfig(num_layers=4, d_model=32, num_heads=4, seq_len=32, vocab_size=1000)
+HOOK = "blocks.1.hook_resid_post"
+STEPS = 30
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "relu": {"sparsity": 0.02},
+    "gated": {"sparsity": 0.02},
+    "topk": {"dead_after": 64, "aux_k": 8},
+    "batch_topk": {"dead_after": 64, "aux_k": 8},
+    "jumprelu": {"sparsity": 0.005, "bandwidth": 0.05, "initial_threshold": 0.05, "sparsity_warmup_steps": 10},
+    "matryoshka": {"prefixes": [0.2, 0.5, 1.0], "dead_after": 64, "aux_k": 8},
+}
+"""Settings under which 30 steps come by everything: latents die and are used by AuxK, thresholds move, penalties bite."""
+
+
+def language_model(data: Path, run_dir: Path) -> Path:
+    """A run directory with a barely trained model."""
+    config = RunConfig(
+        name="lm",
+        run_dir=str(run_dir),
+        model=MODEL,
+        data=DataConfig(path=str(data)),
+        train=TrainConfig(steps=3),
+        parallel=ParallelConfig(micro_batch_size=8),
+        optim=OptimConfig(lr=3e-3, min_lr=3e-3, schedule="constant"),
+        metrics=MetricsConfig(tensorboard=False),
+    )
+    create_run_dir(run_dir, config, command=["test"])
+    return run_dir
+
+
+def sae_config(lm: Path, data: Path, run_dir: Path, *, parallel: dict[str, Any] | None = None, **sae: Any) -> RunConfig:
+    """30 steps of 64 vectors."""
+    layout = {"global_batch_size": 64, **(parallel or {})}
+    layout.setdefault("micro_batch_size", 64 // layout.get("data", 1))
+    return RunConfig(
+        name="sae",
+        run_dir=str(run_dir),
+        model=MODEL,
+        data=DataConfig(path=str(data)),
+        sae=SAEConfig(**{"hooks": [HOOK], "width": 128, "k": 4, **sae}),
+        stream=StreamConfig(lm=str(lm), lanes=4, buffer_gib=4e-4, micro_batch_size=4),
+        train=TrainConfig(steps=STEPS),
+        optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=3, weight_decay=0.0, beta2=0.999, eps=1e-6),
+        parallel=ParallelConfig(**layout),
+        checkpoint=CheckpointConfig(interval=10, keep=0),
+        metrics=MetricsConfig(interval=1, warmup_steps=0, tensorboard=False),
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run did."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    metrics: list[dict[str, float]]
+    active: list[set[tuple[int, int]]]
+    """At each forward pass the active (vector of the global batch, latent)."""
+    tensors: dict[tuple[str, str], np.ndarray]
+    """Whole tensors at the end by kind and name."""
+    consumed_hash: str
+
+
+def train_sae(config: RunConfig) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Train on the ranks of the current process group; this rank's active entries of each pass. For `RankPool.run`."""
+    active: list[tuple[np.ndarray, np.ndarray]] = []
+    note = SparseAutoencoder.note_active
+
+    def remember(sae: SparseAutoencoder, selection: Selection, values: torch.Tensor) -> None:
+        kept = values.detach() > 0
+        first = sae.context.at.data * selection.num_tokens
+        rows, latents = selection.tokens[kept] + first, selection.latents[kept] + sae.first_latent
+        active.append((rows.numpy(), latents.numpy()))
+        note(sae, selection, values)
+
+    SparseAutoencoder.note_active = remember  # type: ignore[method-assign]
+    try:
+        run(Path(config.run_dir), rank=dist.get_rank(), stop=StopRequest(), threads=1)
+    finally:
+        SparseAutoencoder.note_active = note  # type: ignore[method-assign]
+    return active
+
+
+def trained(pool: Any, config: RunConfig) -> Trained:
+    """Train on as many ranks as the layout has, and read what came of it."""
+    run_dir = Path(config.run_dir)
+    create_run_dir(run_dir, config, command=["test"])
+    parts = [part for part in pool.run(train_sae, config, ranks=config.layout().world_size) if part]
+    records = read_records(run_dir, "train")
+    reader = FragmentReader(newest(run_dir))
+    return Trained(
+        losses=[record["loss"] for record in records],
+        grad_norms=[record["grad_norm"] for record in records],
+        metrics=[record["metrics"] for record in records],
+        active=[
+            {(int(row), int(latent)) for rows, latents in step for row, latent in zip(rows, latents)}
+            for step in zip(*parts)
+        ],
+        tensors={
+            (kind, name): reader.read(kind, name, offset=[0] * len(shape), shape=shape).reshape(shape).numpy()
+            for kind, name in reader.names
+            for shape in [reader.shapes[name]]
+        },
+        consumed_hash=records[-1]["consumed_hash"],
+    )
+
+
+def moved(config: RunConfig, run_dir: Path) -> RunConfig:
+    """The same run elsewhere."""
+    return replace(config, run_dir=str(run_dir))
