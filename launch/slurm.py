@@ -8,7 +8,6 @@ from pathlib import Path
 from steerscale.errors import ConfigError
 from steerscale.jobs.journal import slurm_directory
 from steerscale.jobs.script import cluster_of, nodes_and_tasks, options_of, render_script
-from steerscale.jobs.slurm import require_slurm
 from steerscale.jobs.submit import sbatch_command, submit
 from steerscale.train.config import RunConfig
 
@@ -26,8 +25,6 @@ def check_job(config: RunConfig) -> None:
                 "file system that all nodes share (or correct cluster.node_local_paths)"
             )
     render_script([config])
-    if not config.launcher.dry_run:
-        require_slurm()
 
 
 def show_job(config: RunConfig) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.compose import options
-from launch.slurm import check_job, show_job
+from launch.slurm import check_job, show_job, submit_array
 from launch.train import main
 from steerscale.errors import SteerscaleError
 from steerscale.jobs.script import ROOT, render_script
@@ -144,12 +144,11 @@ def test_refused_before_slurm_is_asked(case: str, refusal: Refusal, german_data:
     assert all(word in error for word in words), error
 
 
-def test_no_sbatch(refusal: Refusal, german_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    error = refusal(
-        f"data.path={german_data}", "train.steps=9", "model.seq_len=32", "launcher=slurm", "cluster=testbed"
-    )
-    assert "sbatch was not found" in error
+    with pytest.raises(SteerscaleError, match="sbatch was not found"):
+        submit_array([job("testbed", run_dir=str(tmp_path / "run"))])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_of_other_shapes_cannot_share_an_array() -> None:
