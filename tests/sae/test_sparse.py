@@ -134,6 +134,17 @@ def test_sparse_without_encoder_bias(means: str) -> None:
     torch.testing.assert_close(leaves["W_enc"].grad, expected)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_pre_activations_into_a_buffer(bias: bool) -> None:
+    leaves = make_leaves(6, 10, 20, torch.float32)
+    b_enc = leaves["b_enc"] if bias else None
+    buffer = torch.full((6, 20), torch.nan)
+    written = pre_activations(leaves["x"], leaves["W_enc"], b_enc, out=buffer)
+    assert written.data_ptr() == buffer.data_ptr()
+    assert not written.requires_grad
+    torch.testing.assert_close(written, torch.nn.functional.linear(leaves["x"], leaves["W_enc"], b_enc).detach())
+
+
 def test_sparse_frozen_weights_have_no_gradient(means: str) -> None:
     leaves = make_leaves(6, 10, 20, torch.float32)
     selection = choose("topk", leaves)
