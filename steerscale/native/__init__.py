@@ -25,6 +25,8 @@ BUILD_TIMEOUT_S = 120
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
     "top_rows": [_POINTER, _INT64, _INT64, _INT64, _POINTER, _INT],
+    "count_rows": [_POINTER, _INT64, _INT64, _POINTER, _INT],
+    "find_rows": [_POINTER, _INT64, _INT64, _POINTER, _POINTER, _INT],
     "sum_tokens": [_POINTER] * 5 + [_INT64, _INT64, _POINTER, _INT, _INT],
     "decode_gradients": [_POINTER] * 6 + [_INT64, _INT64, _POINTER, _POINTER, _INT, _INT, _INT],
 }

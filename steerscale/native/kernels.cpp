@@ -127,6 +127,38 @@ void top_rows(const int32_t* bits, int64_t rows, int64_t n, int64_t k, int64_t* 
   });
 }
 
+// offsets[row + 1] = how many of the row's n bytes (each 0 or 1) are set.
+void count_rows(const uint8_t* mask, int64_t rows, int64_t n, int64_t* offsets, int threads) {
+  parallel_for(rows, 8, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const uint8_t* bytes = mask + row * n;
+      int64_t count = 0;
+      for (int64_t i = 0; i < n; ++i) count += bytes[i];
+      offsets[row + 1] = count;
+    }
+  });
+}
+
+// out[offsets[row] ...] = columns of the set bytes of each row, ascending.
+void find_rows(const uint8_t* mask, int64_t rows, int64_t n, const int64_t* offsets, int64_t* out, int threads) {
+  parallel_for(rows, 8, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const uint8_t* bytes = mask + row * n;
+      int64_t* place = out + offsets[row];
+      int64_t i = 0;
+      for (; i + 8 <= n; i += 8) {
+        uint64_t eight;
+        std::memcpy(&eight, bytes + i, 8);
+        if (!eight) continue;
+        for (int64_t b = 0; b < 8; ++b)
+          if (bytes[i + b]) *place++ = i + b;
+      }
+      for (; i < n; ++i)
+        if (bytes[i]) *place++ = i;
+    }
+  });
+}
+
 // out [N, d] (+)= sum over latent j's entries of v y[token]. Entries sorted by latent: offsets [N + 1], tokens, order [nnz];
 // values [nnz] in the order of tokens. With add, rows of out without entries are not touched.
 void sum_tokens(const int64_t* offsets, const int64_t* tokens, const int64_t* order, const float* values, const float* y,

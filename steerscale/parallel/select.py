@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 
+from steerscale import native
 from steerscale.parallel.topk import block_maxima, key_values, ordered_keys, top_rows
 
 BINS = 2048
@@ -98,6 +99,16 @@ class ByLatent:
 @torch.no_grad()
 def select_where(mask_BN: torch.Tensor) -> Selection:
     """Entries where the mask holds: ReLU (`pre > 0`), JumpReLU (`pre > threshold`), Gated. Local; one host sync."""
+    if mask_BN.device.type == "cpu" and (library := native.library()):
+        mask_BN, (rows, columns) = mask_BN.contiguous(), mask_BN.shape
+        offsets = torch.zeros(rows + 1, dtype=torch.int64)
+        library.count_rows(mask_BN.data_ptr(), rows, columns, offsets.data_ptr(), torch.get_num_threads())
+        offsets = offsets.cumsum(0)
+        latents = torch.empty(int(offsets[-1]), dtype=torch.int64)
+        library.find_rows(
+            mask_BN.data_ptr(), rows, columns, offsets.data_ptr(), latents.data_ptr(), torch.get_num_threads()
+        )
+        return Selection(offsets=offsets, latents=latents, num_latents=columns)
     tokens, latents = mask_BN.nonzero(as_tuple=True)
     return _from_tokens(tokens, latents, mask_BN.shape)
 
@@ -207,15 +218,19 @@ def batch_topk_across(
     """
     groups = [group for group in (tensor_group, data_group) if group is not None]
     rows, latents = values_BN.shape
-    maxima = ordered_keys(block_maxima(values_BN))
-    lower, _, _ = _radix_select(maxima.reshape(-1), total_k, groups)
+    maxima = block_maxima(values_BN)
+    lower, _, _ = _radix_select(ordered_keys(maxima).reshape(-1), total_k, groups)
+    bound = _value_of(lower)
     width = latents // max(maxima.shape[1], 1)
-    blocks = (maxima >= lower).reshape(-1).nonzero().squeeze(1)
-    candidates = ordered_keys(values_BN.reshape(-1, width)[blocks])
-    threshold, wanted, equal = _radix_select(candidates.reshape(-1), total_k, groups)
-    block, within = (candidates >= threshold).nonzero(as_tuple=True)
-    keys = candidates[block, within]
+    # Written so that a NaN passes: it is larger than any bound.
+    blocks = (~(maxima < bound)).reshape(-1).nonzero().squeeze(1)
+    candidates = values_BN.reshape(-1, width)[blocks]
+    block, within = (~(candidates < bound)).nonzero(as_tuple=True)
     flat = blocks[block] * width + within
+    keys = ordered_keys(candidates[block, within])
+    threshold, wanted, equal = _radix_select(keys, total_k, groups)
+    reached = keys >= threshold
+    flat, keys = flat[reached], keys[reached]
     tokens, local = flat // latents, flat % latents
     if wanted < equal:
         tied = keys == threshold
@@ -223,9 +238,12 @@ def batch_topk_across(
         kept[tied] = _first_ties(tokens[tied], rows, wanted, tensor_group=tensor_group, data_group=data_group)
         tokens, local = tokens[kept], local[kept]
     selection = _from_tokens(tokens, local, values_BN.shape)
-    if equal == 0:
-        return selection, torch.tensor(-torch.inf, device=values_BN.device)
-    return selection, key_values(torch.tensor(threshold, dtype=torch.int32, device=values_BN.device))
+    return selection, torch.tensor(_value_of(threshold), device=values_BN.device)
+
+
+def _value_of(key: int) -> float:
+    """The value behind a key; -inf for the least, which stands for "everything"."""
+    return -torch.inf if key == -(2**31) else float(key_values(torch.tensor(key, dtype=torch.int32)))
 
 
 def _radix_select(keys: torch.Tensor, rank: int, groups: list[dist.ProcessGroup]) -> tuple[int, int, int]:

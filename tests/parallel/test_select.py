@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from steerscale import native
 from steerscale.parallel.context import initialize
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.parallel.select import Selection, batch_topk_across, select_where, topk_across
@@ -108,6 +109,18 @@ def test_keys_order_as_values_do() -> None:
     keys = ordered_keys(values)
     assert keys.diff().gt(0).all()
     assert torch.equal(key_values(keys[:-1]), values[:-1])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("shape", [(6, 40), (3, 37), (1, 5), (0, 8), (4, 0)], ids=str)
+def test_select_where_finds_every_entry(
+    shape: tuple[int, int], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
+    for least in (-torch.inf, 0.0, 0.9, torch.inf):
+        for mask in (make_values(*shape, "fine") > least, (make_values(*reversed(shape), "fine") > least).t()):
+            assert entries(select_where(mask)) == [tuple(entry) for entry in mask.nonzero().tolist()]
 
 
 def test_selection_forms_agree() -> None:
