@@ -5,6 +5,7 @@ kept tokens are consumed in the order of a keyed permutation, all of them before
 same number of vectors to every batch, so what a batch holds depends on (seed, L, K, position) alone, not on who computes it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -76,7 +77,7 @@ class Order:
         places = index * self.block_sequences + np.arange(self.block_sequences)
         sequences = lane + self.lanes * places
         tokens_KS = np.ascontiguousarray(self.dataset.read(*self.dataset.locate(sequences))[:, :-1])
-        kept = np.flatnonzero(self.keeps(tokens_KS))
+        kept = np.flatnonzero(keeps(tokens_KS, special_ids=self.special_ids, drop_first=self.drop_first))
         key = f"activations/{self.seed}/{lane}/{index}"
         order = permute(np.arange(len(kept)), size=len(kept), key=key) if len(kept) else kept
         return Block(
@@ -88,13 +89,14 @@ class Order:
             order=order,
         )
 
-    def keeps(self, tokens_BS: np.ndarray) -> np.ndarray:
-        """bool [B, S]: which tokens of these sequences [B, S] are not left out."""
-        keep_BS = np.ones(tokens_BS.shape, dtype=bool)
-        for token in self.special_ids:
-            keep_BS &= tokens_BS != token
-        keep_BS[:, : self.drop_first] = False
-        return keep_BS
+
+def keeps(tokens_BS: np.ndarray, *, special_ids: Iterable[int], drop_first: int) -> np.ndarray:
+    """bool [B, S]: which tokens of these sequences are not left out."""
+    keep_BS = np.ones(tokens_BS.shape, dtype=bool)
+    for token in special_ids:
+        keep_BS &= tokens_BS != token
+    keep_BS[:, :drop_first] = False
+    return keep_BS
 
 
 def block_sequences(config: StreamConfig, *, seq_len: int, bytes_per_vector: int) -> int:

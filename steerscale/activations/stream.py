@@ -109,7 +109,7 @@ class ActivationStream:
             lanes=config.lanes,
             block_sequences=sequences,
             seed=seed,
-            special_ids=tuple(sorted(source.special_ids | {dataset.eos_id})) if config.drop_special else (),
+            special_ids=left_out(config, source, dataset),
             drop_first=config.drop_first,
         )
         own = config.lanes // replicas
@@ -149,10 +149,6 @@ class ActivationStream:
         whole = np.concatenate(ids)
         self.consumed.add_ids(whole)
         return StreamBatch(ids=torch.from_numpy(whole), activations=activations)
-
-    def keeps(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        """bool [B, S] on the CPU: which of these tokens the stream does not leave out."""
-        return torch.from_numpy(self.order.keeps(tokens_BS.cpu().numpy()))
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, for a checkpoint; JSON-able, the same on all ranks, valid on any layout.
@@ -285,6 +281,11 @@ class ActivationStream:
         begin = time.perf_counter()
         yield
         self.seconds[what] += time.perf_counter() - begin
+
+
+def left_out(config: StreamConfig, source: ActivationSource, dataset: SampleStream) -> tuple[int, ...]:
+    """Token ids whose activations the stream leaves out."""
+    return tuple(sorted(source.special_ids | {dataset.eos_id})) if config.drop_special else ()
 
 
 def build_stream(

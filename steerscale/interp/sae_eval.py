@@ -17,15 +17,21 @@ Tokens that the stream drops are left as they are, and are not counted except in
     B sequences, S sequence, d width, V vectors that count, N latents of this tensor rank
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.distributed as dist
 
+from steerscale.activations.config import StreamConfig
+from steerscale.activations.order import keeps
 from steerscale.activations.source import ActivationSource
-from steerscale.data.loader import MicroBatch
+from steerscale.activations.stream import left_out
+from steerscale.data.config import DataConfig
+from steerscale.data.dataset import SampleStream, inspect_data
+from steerscale.data.loader import MicroBatch, MicroBatchLoader
 from steerscale.models.hooks import HookFunction
 from steerscale.parallel.context import ParallelContext
 from steerscale.sae.base import SparseAutoencoder
@@ -55,28 +61,71 @@ class _Sums:
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Text to evaluate on, and which of its tokens count."""
+
+    samples: SampleStream
+    """Finite."""
+    micro_batch_size: int
+    """Sequences in one forward pass on one replica."""
+    special_ids: tuple[int, ...]
+    """Token ids that the stream leaves out."""
+    drop_first: int
+    """First positions that it leaves out."""
+
+    def batches(self, context: ParallelContext) -> Iterator[MicroBatch]:
+        """This replica's part, as many batches on each."""
+        size, replicas = self.micro_batch_size, context.layout.data
+        loader = MicroBatchLoader(
+            self.samples, data_rank=context.at.data, data_size=replicas, micro_batch_size=size, num_prefetch=0
+        )
+        with closing(loader):
+            for begin in range(0, self.samples.num_samples or 0, size * replicas):
+                yield from loader.step(begin, 1)
+
+    def keeps(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """bool [B, S] on the tokens' device."""
+        kept = keeps(tokens_BS.cpu().numpy(), special_ids=self.special_ids, drop_first=self.drop_first)
+        return torch.from_numpy(kept).to(tokens_BS.device)
+
+
+def held_out(
+    stream: StreamConfig, data: DataConfig, source: ActivationSource, *, samples: int | None
+) -> HeldOut | None:
+    """The first `samples` sequences of the held-out split (None: all of them); None where a dataset has no such split."""
+    manifests = inspect_data(data, seq_len=source.seq_len)
+    if any("valid" not in manifest.splits for manifest in manifests.values()):
+        return None
+    valid = SampleStream(data, seq_len=source.seq_len, split="valid", shuffle=False)
+    valid.limit(samples)
+    return HeldOut(
+        samples=valid,
+        micro_batch_size=stream.micro_batch_size,
+        special_ids=left_out(stream, source, valid),
+        drop_first=stream.drop_first,
+    )
+
+
 @torch.no_grad()
 def evaluate_saes(
     specs: Sequence[SAESpec],
     saes: Mapping[str, SparseAutoencoder],
     source: ActivationSource,
-    batches: Iterable[MicroBatch],
+    text: HeldOut,
     context: ParallelContext,
     *,
-    kept: Callable[[torch.Tensor], torch.Tensor],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Evaluation]:
     """Evaluate all SAEs of a run; a collective of all ranks, with the same result on each.
 
     Args:
         saes: those of this rank's stage, by name.
-        batches: this replica's part, as many on every replica; rows whose loss mask is 0 throughout do not count.
-        kept: tokens int64 [B, S] -> bool [B, S], which of them the stream would keep.
         should_stop: asked between batches, on all ranks alike; the answer True ends the evaluation with nothing.
     Runs 1 + (2 for each hook point) + (1 for each SAE) forward passes of the language model for each batch.
     """
-    evaluator = _Evaluator(specs, saes, source, context, kept)
-    for batch in batches:
+    evaluator = _Evaluator(specs, saes, source, text, context)
+    for batch in text.batches(context):
         if should_stop():
             return {}
         evaluator.add(batch.to(context.device))
@@ -89,10 +138,10 @@ class _Evaluator:
         specs: Sequence[SAESpec],
         saes: Mapping[str, SparseAutoencoder],
         source: ActivationSource,
+        text: HeldOut,
         context: ParallelContext,
-        kept: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        self._specs, self._saes, self._source, self._context, self._kept = specs, saes, source, context, kept
+        self._specs, self._saes, self._source, self._text, self._context = specs, saes, source, text, context
         self._tokens = torch.zeros((), dtype=torch.float64, device=context.device)
         double = {"dtype": torch.float64, "device": context.device}
         self._sums = {
@@ -107,8 +156,8 @@ class _Evaluator:
 
     def add(self, batch: MicroBatch) -> None:
         """One micro-batch through the model, once for each thing that is put in its way."""
-        real_B = batch.loss_mask_BS.bool().any(dim=1, keepdim=True)
-        kept_BS = self._kept(batch.tokens_BS).to(batch.tokens_BS.device) & real_B
+        # Rows that only fill up a batch have no label that counts.
+        kept_BS = self._text.keeps(batch.tokens_BS) & batch.loss_mask_BS.bool().any(dim=1, keepdim=True)
         (activations,) = self._source.run([batch.tokens_BS])
         for name, sae in self._saes.items():
             self._measure(self._sums[name], sae, activations, kept_BS)

@@ -80,6 +80,15 @@ def hardware_flops(model: ModelConfig, *, batch_size: int, recompute: Recompute)
     return batch_size * model.seq_len * hardware_flops_per_token(model, recompute=recompute)
 
 
+def sae_flops_per_vector(*, d_in: int, d_out: int, width: int, l0: float) -> float:
+    """What training an SAE asks of one vector: `2 d_in n` for the encoder, and for each active latent `6 d_out + 2 d_in`.
+
+    n latents. An active latent costs its decoder row three times (reconstruction, derivative by its value, gradient) and its
+    encoder row once (gradient): 2 FLOPs an element each. Selection, norms and the optimizer are not counted.
+    """
+    return 2.0 * d_in * width + l0 * (6 * d_out + 2 * d_in)
+
+
 # The formulas of papers and tools, for comparison with the figures they publish. Except PaLM's, all take f = 4h, g = a
 # and h = a d for granted, and all count the whole attention square: elsewhere they answer a question nobody asked.
 

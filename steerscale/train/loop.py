@@ -76,7 +76,8 @@ class Loop:
         self._tried_step = progress.step
 
     def run(self) -> bool:
-        """Train. Returns True at the last step, False if a stop was asked for; either way a checkpoint is on disk.
+        """Train. Returns True at the last step, False if a stop was asked for; either way a checkpoint is on disk, but for a
+        finished run with checkpoint.at_end=false.
 
         Raises TrainingError after too many skipped steps in a row, CheckpointError if the last checkpoint cannot be written.
         """
@@ -92,7 +93,8 @@ class Loop:
                 if self._checkpoint_is_due():
                     self._save()
         written = self.store.wait()
-        if self.store.newest_step != progress.step:
+        wanted = self._stopping or config.checkpoint.at_end
+        if wanted and self.store.newest_step != progress.step:
             written = self._save() and self.store.wait()
         if not written:
             raise CheckpointError(

@@ -70,7 +70,7 @@ def run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> None:
 def _build_task(config: RunConfig, context: ParallelContext) -> Task:
     peak = _peak_tflops(config, context.device)
     if config.sae is not None:
-        return build_sae_task(config, context)
+        return build_sae_task(config, context, peak_tflops=peak)
     return build_gpt_task(config, context, peak_tflops=peak)
 
 

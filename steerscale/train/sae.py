@@ -6,23 +6,22 @@ its figures. A *sample* is one activation vector, so `parallel.*_batch_size` cou
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
+from steerscale.activations.cost import stream_cost
 from steerscale.activations.stream import ActivationStream, build_stream
 from steerscale.checkpoint.fragments import Fragment, FragmentReader
-from steerscale.data.dataset import SampleStream
-from steerscale.data.loader import MicroBatch, MicroBatchLoader
 from steerscale.engines.megatron import MegatronEngine, StepResult, Timer, Totals
 from steerscale.errors import ConfigError
-from steerscale.interp.sae_eval import evaluate_saes
+from steerscale.interp.sae_eval import evaluate_saes, held_out
 from steerscale.parallel.context import ParallelContext, stage_context
 from steerscale.parallel.layout import ParallelLayout
+from steerscale.planning.flops import sae_flops_per_vector
 from steerscale.sae.architectures import ARCHITECTURES
 from steerscale.sae.base import REPORTED, Losses, SparseAutoencoder
 from steerscale.sae.config import SAESpec, specs_of
@@ -67,8 +66,12 @@ class Trained:
 class SAETask:
     """SAEs on one stream. Build with `build_sae_task`."""
 
-    def __init__(self, config: RunConfig, context: ParallelContext, stream: ActivationStream) -> None:
+    def __init__(
+        self, config: RunConfig, context: ParallelContext, stream: ActivationStream, *, peak_tflops: float | None = None
+    ) -> None:
         assert config.sae is not None
+        assert config.stream is not None
+        assert config.data is not None
         self.config, self.context, self.stream = config, context, stream
         self.specs = specs_of(config.sae, stream.source.widths)
         stage = stage_context(context)
@@ -77,7 +80,9 @@ class SAETask:
             for number, spec in enumerate(self.specs)
             if spec.inputs[0] in stream.source.owned
         ]
-        self._valid = _held_out(config, stream)
+        self._text = held_out(config.stream, config.data, stream.source, samples=config.train.eval_samples)
+        self._peak_tflops, self._lm_flops = peak_tflops, _lm_flops(config)
+        self._l0: dict[str, float] = {}
         self._fresh = True
 
     def micro_batches(self, consumed_samples: int, num_micro_batches: int) -> list[Vectors]:
@@ -134,6 +139,7 @@ class SAETask:
         rows = [figures[begin : begin + width] for begin in range(0, len(self.specs) * width, width)]
         for spec, (_, _, _, *measures) in zip(self.specs, rows):
             metrics.update({f"{spec.name}/{name}": value for name, value in zip(MEASURES, measures)})
+            self._l0[spec.name] = metrics[f"{spec.name}/l0"]
         totals = Totals(
             loss_sum=sum(row[3] * row[1] for row in rows),
             tokens=int(sum(row[1] for row in rows)),
@@ -145,23 +151,34 @@ class SAETask:
 
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, Any]:
         """Each SAE on held-out text; see `interp.sae_eval`."""
-        if self._valid is None:
+        if self._text is None:
             return {}
         found = evaluate_saes(
             self.specs,
             {trained.sae.spec.name: trained.sae for trained in self.trained},
             self.stream.source,
-            held_out_batches(self._valid, self.config, self.context),
+            self._text,
             self.context,
-            kept=self.stream.keeps,
             should_stop=should_stop,
         )
         return {f"{name}/{key}": value for name, one in found.items() for key, value in one.values.items()}
 
     def throughput(self, seconds: float, layout: ParallelLayout) -> dict[str, float | None]:
-        """Vectors a second."""
-        per_second = layout.global_batch_size / seconds
-        return {"samples_per_second": per_second, "tokens_per_second_per_gpu": per_second / layout.world_size}
+        """Vectors, and FLOPs of both the language model's forward pass and the SAEs' training; see docs/throughput.md."""
+        vectors, gpu_seconds = layout.global_batch_size, seconds * layout.world_size
+        per_vector = sum(
+            sae_flops_per_vector(d_in=spec.d_in, d_out=spec.d_out, width=spec.width, l0=self._l0.get(spec.name, 0.0))
+            for spec in self.specs
+        )
+        if self._lm_flops is not None:
+            per_vector += self._lm_flops
+        tflops = None if self._lm_flops is None else vectors * per_vector / gpu_seconds / 1e12
+        return {
+            "samples_per_second": vectors / seconds,
+            "tokens_per_second_per_gpu": vectors / gpu_seconds,
+            "model_tflops_per_gpu": tflops,
+            "mfu": None if tflops is None or self._peak_tflops is None else tflops / self._peak_tflops,
+        }
 
     def describe(self) -> str:
         """What is trained, in a line."""
@@ -213,36 +230,23 @@ class SAETask:
         self.stream.close()
 
 
-def build_sae_task(config: RunConfig, context: ParallelContext) -> SAETask:
+def build_sae_task(config: RunConfig, context: ParallelContext, *, peak_tflops: float | None = None) -> SAETask:
     """The language model with its stream, and the SAEs of this rank's stage with their initial weights."""
     if config.sae is None or config.stream is None or config.data is None:
         raise ConfigError("training SAEs needs the sections sae, stream and data")
     stream = build_stream(
         config.stream, data=config.data, hooks=config.sae.all_hooks, context=context, seed=config.seed
     )
-    return SAETask(config, context, stream)
+    return SAETask(config, context, stream, peak_tflops=peak_tflops)
 
 
-def _held_out(config: RunConfig, stream: ActivationStream) -> SampleStream | None:
-    """The beginning of the held-out split; None where there is none."""
-    assert config.data is not None
-    if any("valid" not in manifest.splits for manifest in stream.order.dataset.manifests):
+def _lm_flops(config: RunConfig) -> float | None:
+    """FLOPs of the language model's forward pass a token, to the last hook point; None where its shape is not known."""
+    assert config.sae is not None
+    try:
+        return stream_cost(config.model, config.sae.all_hooks, tokens=1).forward_flops_per_token
+    except ConfigError:  # module paths of a transformers model
         return None
-    valid = SampleStream(config.data, seq_len=stream.source.seq_len, split="valid", shuffle=False)
-    valid.limit(config.train.eval_samples)
-    return valid
-
-
-def held_out_batches(valid: SampleStream, config: RunConfig, context: ParallelContext) -> Iterator[MicroBatch]:
-    """This replica's part of a finite stream of text, in the language model's micro-batches."""
-    assert config.stream is not None
-    size = config.stream.micro_batch_size
-    loader = MicroBatchLoader(
-        valid, data_rank=context.at.data, data_size=context.layout.data, micro_batch_size=size, num_prefetch=0
-    )
-    with closing(loader):
-        for begin in range(0, valid.num_samples or 0, size * context.layout.data):
-            yield from loader.step(begin, 1)
 
 
 def _build(number: int, spec: SAESpec, config: RunConfig, stage: ParallelContext) -> Trained:
