@@ -47,9 +47,9 @@ BF16 = Tolerance(loss=1e-3, grad_norm=1e-2, parameters=0.5)
 whose neighbours are 0.004 and 0.008 away, while all 20 steps reach 0.035."""
 
 
-ACTIVATIONS = 1e-5
-"""Absolute tolerance of float32 activations of order 1 to 10, any layout against one process. Observed at most 3e-6."""
-
+ACTIVATIONS = 2e-6
+"""Absolute difference of float32 activations of order 1, any layout against one process. Observed at most 4e-7 under tensor
+parallelism; pipelines and replicas run the same products, there it is 0."""
 
 SAE = Tolerance(loss=1e-5, grad_norm=1e-4, parameters=1e-3)
 """SAEs of every architecture in float32 on every layout against one process, over 30 steps."""
