@@ -1,5 +1,6 @@
-"""A trained GPT from a run directory, on the layout of the caller's context."""
+"""Trained models from run directories, on the layout of the caller's context: a GPT, or SAEs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,10 @@ from steerscale.models.gpt import GPT, build_chunks, transformer_config
 from steerscale.models.sharding import named_shards
 from steerscale.parallel.context import ParallelContext
 from steerscale.rundir import read_config
+from steerscale.sae.architectures import ARCHITECTURES
+from steerscale.sae.base import SparseAutoencoder
+from steerscale.sae.config import specs_of
+from steerscale.sae.state import load_state as load_sae_state
 from steerscale.tokenizers.base import Tokenizer
 from steerscale.tokenizers.registry import load_tokenizer
 from steerscale.train.config import RunConfig
@@ -70,3 +75,31 @@ def _tokenizer(config: RunConfig) -> Tokenizer:
         raise ConfigError("the run has no data section, so its tokenizer is unknown")
     dataset = next(iter(config.data.weights))
     return load_tokenizer(Path(dataset) / "tokenizer")
+
+
+def load_saes(
+    run_dir: Path, widths: Mapping[str, int], context: ParallelContext, *, checkpoint: Path | None = None
+) -> list[SparseAutoencoder]:
+    """The SAEs of a run in evaluation mode, each rank only its own latents; moving averages where the run kept them.
+
+    Args:
+        widths: of the activations by hook point, from the source they are read from.
+        context: a world without pipeline.
+        checkpoint: a checkpoint directory; None: the run's newest.
+    Raises:
+        ConfigError: the run trains no SAEs.
+    """
+    config = from_mapping(RunConfig, read_config(run_dir))
+    if config.sae is None:
+        raise ConfigError(f"{run_dir} is no run of SAEs: it has no sae section")
+    checkpoint = checkpoint or newest_checkpoint(run_dir)
+    _, reader = load_state(checkpoint)
+    saes = []
+    for spec in specs_of(config.sae, dict(widths)):
+        sae = ARCHITECTURES[spec.config.architecture](spec, context)
+        load_weights(list(sae.shards()), context, reader)
+        load_sae_state(sae, reader)
+        for name, average in sae.averages.items():
+            sae.get_parameter(name).data.copy_(average)
+        saes.append(sae.eval())
+    return saes

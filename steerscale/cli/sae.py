@@ -1,10 +1,10 @@
-"""`steerscale sae`: `cost` is here, `convert` in `sae_convert.py`."""
+"""`steerscale sae`: `cost` is here, `convert` and `eval` in modules of their own."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerscale.cli import sae_convert
+from steerscale.cli import sae_convert, sae_eval
 from steerscale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     cost.add_argument("--seq-len", type=int, metavar="N", help="tokens a sequence (default: the model's)")
     cost.set_defaults(run=_cost)
     sae_convert.add_parser(commands)
+    sae_eval.add_parser(commands)
 
 
 def _count(text: str) -> int:

@@ -116,19 +116,25 @@ def evaluate_saes(
     context: ParallelContext,
     *,
     should_stop: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluate all SAEs of a run; a collective of all ranks, with the same result on each.
 
     Args:
         saes: those of this rank's stage, by name.
+        on_progress: called with the sequences that have been read and their number, after each batch.
         should_stop: asked between batches, on all ranks alike; the answer True ends the evaluation with nothing.
     Runs 1 + (2 for each hook point) + (1 for each SAE) forward passes of the language model for each batch.
     """
     evaluator = _Evaluator(specs, saes, source, text, context)
+    total, done = text.samples.num_samples or 0, 0
     for batch in text.batches(context):
         if should_stop():
             return {}
         evaluator.add(batch.to(context.device))
+        done = min(done + text.micro_batch_size * context.layout.data, total)
+        if on_progress is not None:
+            on_progress(done, total)
     return evaluator.result()
 
 
