@@ -89,10 +89,7 @@ def refusal(journal: Journal, *, step: int, max_restarts: int) -> str | None:
     """Why a run that stands at `step` must not be started once more, or None if it may be."""
     starts = journal.starts
     if len(starts) > max_restarts:
-        return (
-            f"it was started again {len(starts) - 1} times, as often as cluster.max_restarts={max_restarts} allows: raise it, "
-            "or submit the run again"
-        )
+        return f"it was started again as often as cluster.max_restarts={max_restarts} allows: submit the run again, or raise it"
     if len(starts) >= 2 and starts[-1].get("step") == starts[-2].get("step") == step:
         return (
             f"no progress: two starts in a row began and ended at step {step}; a job must get through its start and a "

@@ -167,7 +167,7 @@ def _live(status: Status, journal: Journal, job: Job) -> tuple[RunState, str]:
         return "pending", reason + (", to go on from its newest checkpoint" if journal.starts else "")
     if status.state in ("finished", "failed", "stopped") and last["event"] == "end":  # the job is tidying up
         return combine(status, journal, None, asked=True)
-    return "running", status.reason
+    return "running", status.reason if status.state == "running" else ""
 
 
 def _local_state(run_dir: Path, status: Status) -> tuple[RunState, str]:
