@@ -27,13 +27,16 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-peers.txt
 	$(PIP) --no-deps -r requirements-peers.txt
 	touch $@
 
-# The main job: German tokenizer -> dataset -> GPT at TP2 x PP2 x DP2 (8 ranks) -> throughput and a sample of text.
+# The main job: German tokenizer -> dataset -> GPT at TP2 x PP2 x DP2 (8 ranks) -> throughput and a sample of text -> SAE at TP2
+# on the GPT's streamed activations -> what the SAE is worth.
 demo: $(VENV)/.ready
 	test -d $(DEMO)/tokenizer || $(BIN)/steerscale tokenizer train sample:german --type unigram --vocab-size 4096 -o $(DEMO)/tokenizer
 	test -d $(DEMO)/dataset || $(BIN)/steerscale data prepare sample:german --tokenizer $(DEMO)/tokenizer -o $(DEMO)/dataset
 	$(BIN)/python -m launch.train experiment=german_demo
 	$(BIN)/steerscale dashboard runs/german_demo
 	$(BIN)/steerscale sample runs/german_demo --prompt 'Die Installation' --max-tokens 80
+	$(BIN)/python -m launch.train --config-name train_sae experiment=german_demo_sae
+	$(BIN)/steerscale sae eval runs/german_demo_sae --samples 24
 	@echo; echo 'Curves and throughput:  $(BIN)/tensorboard --logdir runs'
 
 test: setup
