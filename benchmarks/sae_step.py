@@ -186,7 +186,7 @@ def _ours(work: Work, first: torch.Tensor) -> Iterator[Step]:
             [sae],
             shards=list(sae.shards()),
             config=sae.config,
-            engine=EngineConfig(overlap=False),
+            engine=EngineConfig(overlap=False, distributed_optimizer=False),  # as train/sae.py has it for one replica
             optim=OptimConfig(lr=LR, weight_decay=0.0),
             context=context,
             num_reported=len(REPORTED),

@@ -253,12 +253,14 @@ def _build(number: int, spec: SAESpec, config: RunConfig, stage: ParallelContext
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     sae = ARCHITECTURES[spec.config.architecture](spec, stage, dtype=dtype)
     draw_weights(sae, seed=config.seed)
+    # One replica has nothing to shard its optimizer over, and would copy all parameters three times a step for it.
+    sharded = config.engine.distributed_optimizer and stage.layout.data > 1
     engine = MegatronEngine(
         [sae],
         shards=list(sae.shards()),
         config=sae.config,
         # Parameters are float32 whatever the products are computed in, and one shallow layer leaves nothing to overlap.
-        engine=replace(config.engine, precision="fp32", overlap=False),
+        engine=replace(config.engine, precision="fp32", overlap=False, distributed_optimizer=sharded),
         optim=config.optim,
         context=stage,
         num_reported=len(REPORTED),
