@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A real Slurm of virtual nodes on one Debian machine, to try submission out without a cluster. Needs root.
 #
-#   slurm/testbed.sh up            install what is missing, start the daemons, wait until all nodes are idle
+#   slurm/testbed.sh up            install what is missing, start the daemons, wait until all nodes are idle; exit status 4
+#                                  if this machine cannot (no root, no namespaces, nothing to install from)
 #   slurm/testbed.sh down          end all jobs and daemons of this testbed (and of no other)
 #   slurm/testbed.sh status        daemons, nodes and queue; exit status 0 if it is up, 3 if not
 #   slurm/testbed.sh env           the line to eval, so that sbatch and the others find it
@@ -39,6 +40,10 @@ say() { echo "testbed: $*" >&2; }
 die() {
   say "$*"
   exit 1
+}
+impossible() { # on this machine, whatever is done to it from here
+  say "$*"
+  exit 4
 }
 
 # --- processes: each daemon by its pid file, and only if it carries this testbed's SLURM_CONF in its environment
@@ -99,7 +104,7 @@ install_missing() {
     command -v mariadbd >/dev/null || packages+=(mariadb-server)
   fi
   [ ${#packages[@]} -gt 0 ] || return 0
-  command -v apt-get >/dev/null || die "apt-get is not here: install ${packages[*]} yourself"
+  command -v apt-get >/dev/null || impossible "apt-get is not here: install ${packages[*]} yourself"
   say "installing ${packages[*]}"
   if [ ! -e $guard ]; then # the packages would start daemons of their own
     printf '#!/bin/sh\nexit 101\n' >$guard
@@ -111,7 +116,7 @@ install_missing() {
     done_well=1
   fi
   if [ -n "$guarded" ]; then rm -f $guard; fi
-  [ -n "$done_well" ] || die "apt-get could not install ${packages[*]}: see $dir/log/apt.log"
+  [ -n "$done_well" ] || impossible "apt-get could not install ${packages[*]}: see $dir/log/apt.log"
 }
 
 fetch_packages() {
@@ -292,10 +297,10 @@ node_is_up() { case $(sinfo -h -N -n "$1" -o %t) in idle | mix | alloc | comp) ;
 # --- commands
 
 up() {
-  [ "$(id -u)" = 0 ] || die "needs root: slurmd starts processes as other users, and nodes have namespaces of their own"
+  [ "$(id -u)" = 0 ] || impossible "needs root: slurmd starts processes as other users, and nodes have namespaces of their own"
   [ ${#dir} -lt 80 ] || die "TESTBED_DIR=$dir is too long for the path of a socket"
   if [ "$slot" -lt 0 ] || [ "$slot" -gt 49 ]; then die "TESTBED_SLOT must be 0 to 49, got $slot"; fi
-  unshare --uts --mount true 2>/dev/null || die "unshare is not allowed here: nodes need namespaces of their own"
+  unshare --uts --mount true 2>/dev/null || impossible "unshare is not allowed here: nodes need namespaces of their own"
   mkdir -p "$dir"/{run,log,state,spool,dev}
   chmod 755 "$dir" "$dir/run" # munge wants everybody to reach its socket
   exec 9>"$dir/lock"

@@ -100,7 +100,8 @@ def observe(run_dirs: Sequence[Path]) -> list[Observation]:
 
 def _observe(run_dir: Path, journal: Journal, job: Job | None, *, asked: bool) -> Observation:
     status, config = read_status(run_dir), read_config(run_dir)
-    if journal.job is None:
+    # A run that had a job may have been taken up by a launcher here.
+    if journal.job is None or (status.state == "running" and status.host == socket.gethostname() and is_held(run_dir)):
         state, reason = _local_state(run_dir, status)
     else:
         state, reason = combine(status, journal, job, asked=asked)

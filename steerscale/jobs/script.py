@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from steerscale.errors import ConfigError, LayoutError
+from steerscale.errors import ConfigError, LaunchError, LayoutError
 from steerscale.jobs.journal import slurm_directory
 from steerscale.planning.cluster import ClusterConfig, memory_mib
 from steerscale.train.config import RunConfig
@@ -174,6 +174,8 @@ def render_script(configs: Sequence[RunConfig], *, at_once: int | None = None) -
     options.append(Option(name="output", value=f"{directory}/{pattern}", why="run_dir"))
     for config in configs:
         Option(name="output", value=config.run_dir, why="run_dir").directive  # noqa: B018 - refuses what is no single line
+    if not TEMPLATE.is_file():
+        raise LaunchError(f"{TEMPLATE} is not there: jobs are submitted from a checkout of the project")
     container = "".join(f"{shlex.quote(part)} " for part in shlex.split(cluster.container or ""))
     return _Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         directives="\n".join(option.directive for option in options),

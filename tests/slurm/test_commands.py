@@ -21,7 +21,7 @@ def test_commands_tell_the_truth_at_each_stage(
     run_dir = tmp_path / "run"
     base = run_config(german_data, run_dir)
     endless = replace(base, train=replace(base.train, steps=100_000, eval_interval=0))
-    submit([on_testbed(endless, max_restarts=0, options={"begin": "now+1hour"})], command=["test"])
+    submit([on_testbed(endless, max_restarts=0, gres="gpu", options={"begin": "now+1hour"})], command=["test"])
     waiting = look(run_dir)
     assert (waiting.state, waiting.reason, waiting.restarts) == ("pending", "BeginTime", 0)
     assert _say(capsys, "cancel", run_dir).endswith(f"job {waiting.job} cancelled at step 0")
@@ -29,7 +29,9 @@ def test_commands_tell_the_truth_at_each_stage(
     assert _say(capsys, "cancel", run_dir).endswith("nothing to cancel, it is cancelled")
 
     assert "left alone, it is cancelled" in _say(capsys, "resubmit", run_dir, "--state", "oom")
-    assert "from step 0" in _say(capsys, "resubmit", run_dir, "--set", "cluster.options={}")
+    assert "from step 0" in _say(
+        capsys, "resubmit", run_dir, "--set", "cluster.options={}", "--set", "cluster.gres=null"
+    )
     wait_for_step(run_dir, 2)
     assert "left alone, it is running" in _say(capsys, "resubmit", run_dir)
     job = look(run_dir).job
