@@ -8,7 +8,7 @@ sequences stand together in a pass.
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from steerscale.activations.source import ActivationSource
 from steerscale.errors import DataError
+from steerscale.models.hooks import HookFunction
 from steerscale.parallel.context import ParallelContext
 
 
@@ -50,6 +51,12 @@ class CachedSource:
                 for hook, x_BSd in activations.items():
                     _save(files[hook], x_BSd)
             yield activations
+
+    def losses(
+        self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, functions: Mapping[str, HookFunction]
+    ) -> torch.Tensor | None:
+        """See `ActivationSource.losses`; nothing of it is kept."""
+        return self._source.losses(tokens_BS, labels_BS, functions)
 
     def close(self) -> None:
         """Wait for messages that are on their way."""

@@ -85,7 +85,7 @@ def _show_progress(done: int, total: int, begin: float) -> None:
 
 
 def _table(figures: dict[str, dict[str, float]]) -> str:
-    rows = [("SAE", *COLUMNS)]
+    rows: list[tuple[str, ...]] = [("SAE", *COLUMNS)]
     for name, values in figures.items():
         rows.append((name, *(f"{values[key]:.4g}" if key in values else "-" for key in COLUMNS)))
     widths = [max(map(len, column)) for column in zip(*rows)]

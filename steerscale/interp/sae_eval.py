@@ -173,7 +173,7 @@ class _Evaluator:
         for spec in self._specs:
             if len(spec.outputs) > 1:
                 continue
-            (target,) = spec.outputs
+            target = spec.outputs[0]
             losses = self._sums[spec.name].losses
             losses["clean"] += clean
             for kind in ("zero", "mean"):
@@ -216,7 +216,7 @@ class _Evaluator:
         return torch.where(kept_BS.unsqueeze(2), value.to(x_BSd.dtype), x_BSd)
 
     def _splice(self, spec: SAESpec, kept_BS: torch.Tensor) -> dict[str, HookFunction]:
-        (source,), (target,) = spec.inputs, spec.outputs
+        source, target = spec.inputs[0], spec.outputs[0]
         read: list[torch.Tensor] = []
 
         def keep(x_BSd: torch.Tensor) -> None:
