@@ -171,7 +171,7 @@ class _Evaluator:
         clean = self._loss(batch, {})
         done: dict[tuple[str, str], torch.Tensor] = {}
         for spec in self._specs:
-            if len(spec.outputs) > 1:
+            if len(spec.outputs) != 1:
                 continue
             target = spec.outputs[0]
             losses = self._sums[spec.name].losses
