@@ -163,3 +163,27 @@ def test_full_disk_leaves_the_old_files(run_dir: Path, tmp_path: Path, caplog: p
             write_text(disk / "status.json", "x" * 5000)
         assert names(disk) == ["filler", "logs", "status.json"]
         assert names(disk / "logs") == []
+
+
+def _raised_from(cause: Exception) -> Exception:
+    try:
+        raise RuntimeError("the checkpoint was not written") from cause
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (_raised_from(MemoryError()), True),
+        (RuntimeError("Connection closed by peer"), False),
+        (_raised_from(ValueError()), False),
+    ],
+)
+def test_errors_of_memory_are_told_apart(error: Exception, expected: bool, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    write_error(tmp_path, 3, error)
+    assert [(word["rank"], word["oom"]) for word in read_errors(tmp_path)] == [(3, expected)]
