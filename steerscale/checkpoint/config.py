@@ -11,6 +11,8 @@ class CheckpointConfig:
 
     interval: int = 1000
     """Steps between checkpoints; the end of a run and a stop signal write one as well."""
+    at_end: bool = True
+    """Write a checkpoint after the last step; false: where only throughput is measured."""
     keep: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
     keep_every: int | None = None
