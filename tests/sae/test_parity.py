@@ -10,8 +10,7 @@ import pytest
 from steerscale.testing.parity import SAE
 from steerscale.testing.ranks import RankPool
 from steerscale.train.config import RunConfig
-from tests.sae.training import ARCHITECTURES, Trained, language_model, sae_config, trained
-from tests.train.runs import train
+from tests.sae.training import ARCHITECTURES, Trained, sae_config, trained
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {"tensor": 2},
@@ -19,13 +18,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "DP2": {"data": 2},
     "TP2 DP2": {"tensor": 2, "data": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def lm(pool: RankPool, german_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = language_model(german_data, tmp_path_factory.mktemp("lm") / "run")
-    pool.run(train, run_dir, ranks=1)
-    return run_dir
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +55,7 @@ def test_layouts(
 
 def _assert_equal(got: Trained, expected: Trained, config: RunConfig) -> None:
     assert got.consumed_hash == expected.consumed_hash
-    assert len(got.active) == config.train.steps
+    assert [len(passes) for passes in got.active.values()] == [config.train.steps]
     assert got.active == expected.active
     np.testing.assert_allclose(got.losses, expected.losses, rtol=SAE.loss)
     np.testing.assert_allclose(got.grad_norms, expected.grad_norms, rtol=SAE.grad_norm)
@@ -93,9 +85,10 @@ def test_learns(architecture: str, alone: Callable[..., Trained]) -> None:
 
 
 def test_exactly_k(alone: Callable[..., Trained]) -> None:
-    for step in alone("topk").active:
+    (topk,), (batch_topk,) = (alone(name).active.values() for name in ("topk", "batch_topk"))
+    for step in topk:
         rows = [row for row, _ in step]
         assert max(np.bincount(rows, minlength=64)) <= 4
     # Over the whole batch, whatever single vectors get.
-    assert all(len(step) <= 4 * 64 for step in alone("batch_topk").active)
-    assert max(len(step) for step in alone("batch_topk").active) == 4 * 64
+    assert all(len(step) <= 4 * 64 for step in batch_topk)
+    assert max(len(step) for step in batch_topk) == 4 * 64

@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from steerscale.activations.config import StreamConfig
 from steerscale.checkpoint.config import CheckpointConfig
-from steerscale.checkpoint.fragments import FragmentReader
 from steerscale.data.config import DataConfig
 from steerscale.metrics import read_records
 from steerscale.models.config import ModelConfig
@@ -23,7 +22,7 @@ from steerscale.sae.config import SAEConfig
 from steerscale.train.config import MetricsConfig, RunConfig, TrainConfig
 from steerscale.train.run import run
 from steerscale.train.signals import StopRequest
-from tests.train.runs import newest
+from tests.train.runs import newest, whole_tensors
 
 MODEL = ModelConfig(num_layers=4, d_model=32, num_heads=4, seq_len=32, vocab_size=1000)
 HOOK = "blocks.1.hook_resid_post"
@@ -55,11 +54,19 @@ def language_model(data: Path, run_dir: Path) -> Path:
     return run_dir
 
 
-def sae_config(lm: Path, data: Path, run_dir: Path, *, parallel: dict[str, Any] | None = None, **sae: Any) -> RunConfig:
-    """30 steps of 64 vectors."""
+def sae_config(
+    lm: Path,
+    data: Path,
+    run_dir: Path,
+    *,
+    parallel: dict[str, Any] | None = None,
+    sections: dict[str, Any] | None = None,
+    **sae: Any,
+) -> RunConfig:
+    """30 steps of 64 vectors; `sections` replace those of the configuration, `sae` is what its section is to have."""
     layout = {"global_batch_size": 64, **(parallel or {})}
     layout.setdefault("micro_batch_size", 64 // layout.get("data", 1))
-    return RunConfig(
+    config = RunConfig(
         name="sae",
         run_dir=str(run_dir),
         model=MODEL,
@@ -72,6 +79,7 @@ def sae_config(lm: Path, data: Path, run_dir: Path, *, parallel: dict[str, Any] 
         checkpoint=CheckpointConfig(interval=10, keep=0),
         metrics=MetricsConfig(interval=1, warmup_steps=0, tensorboard=False),
     )
+    return replace(config, **(sections or {}))
 
 
 @dataclass(frozen=True)
@@ -81,23 +89,27 @@ class Trained:
     losses: list[float]
     grad_norms: list[float]
     metrics: list[dict[str, float]]
-    active: list[set[tuple[int, int]]]
-    """At each forward pass the active (vector of the global batch, latent)."""
+    active: dict[str, list[set[tuple[int, int]]]]
+    """By SAE, at each forward pass the active (vector of the replicas' micro-batches, latent)."""
     tensors: dict[tuple[str, str], np.ndarray]
     """Whole tensors at the end by kind and name."""
     consumed_hash: str
 
 
-def train_sae(config: RunConfig) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Train on the ranks of the current process group; this rank's active entries of each pass. For `RankPool.run`."""
-    active: list[tuple[np.ndarray, np.ndarray]] = []
+Active = dict[str, list[tuple[np.ndarray, np.ndarray]]]
+"""By SAE, at each forward pass: vectors and latents of the active entries."""
+
+
+def train_sae(config: RunConfig) -> Active:
+    """Train on the ranks of the current process group; this rank's active entries. For `RankPool.run`."""
+    active: Active = {}
     note = SparseAutoencoder.note_active
 
     def remember(sae: SparseAutoencoder, selection: Selection, values: torch.Tensor) -> None:
         kept = values.detach() > 0
         first = sae.context.at.data * selection.num_tokens
         rows, latents = selection.tokens[kept] + first, selection.latents[kept] + sae.first_latent
-        active.append((rows.numpy(), latents.numpy()))
+        active.setdefault(sae.spec.name, []).append((rows.numpy(), latents.numpy()))
         note(sae, selection, values)
 
     SparseAutoencoder.note_active = remember  # type: ignore[method-assign]
@@ -112,26 +124,20 @@ def trained(pool: Any, config: RunConfig) -> Trained:
     """Train on as many ranks as the layout has, and read what came of it."""
     run_dir = Path(config.run_dir)
     create_run_dir(run_dir, config, command=["test"])
-    parts = [part for part in pool.run(train_sae, config, ranks=config.layout().world_size) if part]
+    parts: list[Active] = pool.run(train_sae, config, ranks=config.layout().world_size)
+    names = sorted({name for part in parts for name in part})
     records = read_records(run_dir, "train")
-    reader = FragmentReader(newest(run_dir))
     return Trained(
         losses=[record["loss"] for record in records],
         grad_norms=[record["grad_norm"] for record in records],
         metrics=[record["metrics"] for record in records],
-        active=[
-            {(int(row), int(latent)) for rows, latents in step for row, latent in zip(rows, latents)}
-            for step in zip(*parts)
-        ],
-        tensors={
-            (kind, name): reader.read(kind, name, offset=[0] * len(shape), shape=shape).reshape(shape).numpy()
-            for kind, name in reader.names
-            for shape in [reader.shapes[name]]
+        active={
+            name: [
+                {(int(row), int(latent)) for rows, latents in step for row, latent in zip(rows, latents)}
+                for step in zip(*(part[name] for part in parts if name in part), strict=True)
+            ]
+            for name in names
         },
+        tensors={key: tensor.numpy() for key, tensor in whole_tensors(newest(run_dir)).items()},
         consumed_hash=records[-1]["consumed_hash"],
     )
-
-
-def moved(config: RunConfig, run_dir: Path) -> RunConfig:
-    """The same run elsewhere."""
-    return replace(config, run_dir=str(run_dir))

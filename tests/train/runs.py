@@ -27,12 +27,12 @@ from steerscale.train.config import MetricsConfig, RunConfig, TrainConfig
 from steerscale.train.gpt import GPTTask
 from steerscale.train.loop import Loop
 from steerscale.train.run import run
+from steerscale.train.sae import SAETask
 from steerscale.train.signals import StopRequest
 from steerscale.train.worker import main
 
 # Dropout, so that its generator has to be resumed as well.
 MODEL = ModelConfig(num_layers=4, d_model=32, num_heads=4, seq_len=32, vocab_size=1000, dropout=0.1)
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
 def run_config(data: Path, run_dir: Path, *, parallel: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
@@ -136,7 +136,6 @@ class AtStep:
 
     def __call__(self, rank: int) -> None:
         """Called in the process of `rank`."""
-        before = GPTTask.consumed
         loops: list[Loop] = []
         step = Loop._step
 
@@ -144,13 +143,16 @@ class AtStep:
             loops[:] = [loop]
             step(loop)
 
-        def act(task: GPTTask) -> int:
-            if loops and loops[0].progress.step + 1 == self.step and rank in self.ranks:
-                self.action(loops[0])
-            return before(task)
-
         Loop._step = remember
-        GPTTask.consumed = act
+        for kind in (GPTTask, SAETask):
+            before = kind.consumed
+
+            def act(task: Any, before: Callable[[Any], int] = before) -> int:
+                if loops and loops[0].progress.step + 1 == self.step and rank in self.ranks:
+                    self.action(loops[0])
+                return before(task)
+
+            kind.consumed = act
 
 
 @dataclass(frozen=True)
@@ -176,9 +178,11 @@ def curve(run_dir: Path) -> list[dict[str, Any]]:
         "consumed_hash",
         "global_batch_size",
         "tokens",
+        "metrics",
     )
     records = [record for record in read_records(run_dir) if record["kind"] != "start"]
-    return [{key: record[key] for key in keys if key in record} for record in records]
+    # Measurements of SAEs are called HOOK/NAME.
+    return [{key: value for key, value in record.items() if key in keys or "/" in key} for record in records]
 
 
 def newest(run_dir: Path) -> Path:
@@ -191,8 +195,8 @@ def whole_tensors(checkpoint: Path) -> dict[tuple[str, str], torch.Tensor]:
     reader = FragmentReader(checkpoint)
     return {
         (kind, name): reader.read(kind, name, offset=[0] * len(shape), shape=shape).reshape(shape)
-        for name, shape in reader.shapes.items()
-        for kind in KINDS
+        for kind, name in reader.names
+        for shape in [reader.shapes[name]]
     }
 
 

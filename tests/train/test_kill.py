@@ -1,9 +1,7 @@
 """A run that is killed again and again ends bit by bit where one ends that is left alone."""
 
 import os
-import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,58 +10,14 @@ import pytest
 import torch.distributed as dist
 
 from steerscale.checkpoint.config import CheckpointConfig
-from steerscale.checkpoint.store import HIDDEN, checkpoints, find_damage
 from steerscale.errors import DataError
 from steerscale.metrics import read_records
-from steerscale.rundir import read_errors, read_status
+from steerscale.rundir import read_errors
 from steerscale.testing.ranks import RankPool
-from steerscale.train.config import RunConfig, TrainConfig
+from steerscale.train.config import TrainConfig
 from steerscale.train.loop import Loop
-from tests.train.runs import AtStep, Workers, assert_same_tensors, curve, moved, newest, prepare, run_config, train
-
-
-class Killer:
-    """Starts a run and kills all its ranks, once the run has come to a certain step or writes its checkpoint."""
-
-    def __init__(self, config: RunConfig, *, seed: int) -> None:
-        self.config, self.random = config, random.Random(seed)
-        self.directory = prepare(config) / "checkpoints"
-        self.cut_short = 0
-        """Checkpoints whose writing was cut short."""
-
-    def kill_at_step(self, step: int) -> None:
-        """Kill some milliseconds after `step` was reported."""
-        self._kill_when(lambda: any(r["step"] >= step for r in read_records(self.directory.parent, "train")), 0.03)
-
-    def kill_writing(self, step: int) -> None:
-        """Kill as soon as a checkpoint of `step` or later begins to be written."""
-        self._kill_when(lambda: any(int(path.name[-8:]) >= step for path in self._hidden()), 0.003)
-
-    def _hidden(self) -> list[Path]:
-        return list(self.directory.glob(f"{HIDDEN}*"))
-
-    def _kill_when(self, condition: Callable[[], bool], delay_s: float) -> None:
-        workers = Workers(self.config)
-        while not condition():
-            assert all(process.is_alive() for process in workers.processes), "the run ended before it was killed"
-            time.sleep(0.0005)
-        time.sleep(self.random.uniform(0, delay_s))
-        workers.kill()
-        self.cut_short += bool(self._hidden())
-        # Whatever is visible is whole, at every moment.
-        for checkpoint in checkpoints(self.directory):
-            assert find_damage(checkpoint) is None
-
-
-def _assert_same_run(config: RunConfig, pool: RankPool, tmp_path: Path) -> None:
-    alone = moved(config, tmp_path / "alone")
-    pool.run(train, prepare(alone), ranks=config.layout().world_size)
-    run_dir, expected = Path(config.run_dir), Path(alone.run_dir)
-    assert curve(run_dir) == curve(expected)
-    assert [record["step"] for record in read_records(run_dir, "train")] == list(range(1, config.train.steps + 1))
-    assert (newest(run_dir) / "state.json").read_bytes() == (newest(expected) / "state.json").read_bytes()
-    assert_same_tensors(newest(run_dir), newest(expected))
-    assert read_status(run_dir).state == "finished"
+from tests.train.kills import Killer, assert_same_run
+from tests.train.runs import AtStep, Workers, prepare, run_config
 
 
 def test_run_killed_ten_times_repeats_itself_bitwise(pool: RankPool, german_data: Path, tmp_path: Path) -> None:
@@ -80,8 +34,8 @@ def test_run_killed_ten_times_repeats_itself_bitwise(pool: RankPool, german_data
         (killer.kill_writing if number % 2 else killer.kill_at_step)(step)
     assert killer.cut_short >= 2
     assert Workers(config).join() == [0, 0]
-    assert not killer._hidden()
-    _assert_same_run(config, pool, tmp_path)
+    assert not killer.hidden()
+    assert_same_run(config, pool, tmp_path)
 
 
 def test_run_killed_while_writing_asynchronously_repeats_itself_bitwise(
@@ -98,7 +52,7 @@ def test_run_killed_while_writing_asynchronously_repeats_itself_bitwise(
         killer.kill_writing(step)
     assert killer.cut_short >= 1
     assert Workers(config).join() == [0] * 4
-    _assert_same_run(config, pool, tmp_path)
+    assert_same_run(config, pool, tmp_path)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
