@@ -29,6 +29,8 @@ class StreamConfig:
     buffer_gib: float = 1.0
     """Size of the shuffle buffer in GiB, all ranks of the run together, all hooks; half of it is being consumed while the
     other half is filled. Part of the order."""
+    buffer_vectors: int = 262144
+    """At most so many vectors in it: half of them are made before the first step. Part of the order."""
     buffer_device: Literal["device", "host"] = "device"
     """Whose memory holds the buffer."""
     buffer_dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -44,7 +46,7 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.lm.strip()), "stream.lm must name a run directory or a Hugging Face model directory, got ''")
-        for name in ("micro_batch_size", "lanes"):
+        for name in ("micro_batch_size", "lanes", "buffer_vectors"):
             require(getattr(self, name) >= 1, f"stream.{name} must be at least 1, got {getattr(self, name)}")
         require(self.seq_len is None or self.seq_len >= 1, f"stream.seq_len must be positive, got {self.seq_len}")
         require(self.buffer_gib > 0, f"stream.buffer_gib must be positive, got {self.buffer_gib}")

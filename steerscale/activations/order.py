@@ -100,7 +100,7 @@ def keeps(tokens_BS: np.ndarray, *, special_ids: Iterable[int], drop_first: int)
 
 
 def block_sequences(config: StreamConfig, *, seq_len: int, bytes_per_vector: int) -> int:
-    """Sequences in a block, K: as many as fit into half of the buffer, of which each lane has its share.
+    """Sequences in a block, K: as many as fit into half of the buffer, of which each lane has its share; at least one.
 
     Args:
         bytes_per_vector: of all hooks together.
@@ -110,11 +110,12 @@ def block_sequences(config: StreamConfig, *, seq_len: int, bytes_per_vector: int
     kept = seq_len - config.drop_first
     if kept < 1:
         raise ConfigError(f"stream.drop_first={config.drop_first} leaves nothing of sequences of {seq_len} tokens")
-    per_sequence = HALVES * config.lanes * kept * bytes_per_vector
+    vectors = HALVES * config.lanes * kept
+    per_sequence = vectors * bytes_per_vector
     sequences = int(config.buffer_gib * GIB // per_sequence)
     if sequences < 1:
         raise ConfigError(
             f"stream.buffer_gib={config.buffer_gib} holds less than a sequence for each of stream.lanes={config.lanes}: it "
             f"must be at least {per_sequence / GIB:.4g}; or take fewer lanes"
         )
-    return sequences
+    return min(sequences, max(config.buffer_vectors // vectors, 1))

@@ -9,6 +9,7 @@ consumed on `order`: a stream that goes on from its cursors gives bit by bit wha
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,9 +31,16 @@ from steerscale.data.config import DataConfig
 from steerscale.data.consumed import ConsumedHash
 from steerscale.data.dataset import SampleStream
 from steerscale.errors import CheckpointError, ConfigError, LayoutError
+from steerscale.metrics import format_duration
 from steerscale.parallel.context import ParallelContext
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+logger = logging.getLogger(__name__)
+
+TELL_SECONDS = 10.0
+"""Between words of progress while the buffer is filled for the first time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +150,8 @@ class ActivationStream:
                 f"stream.lanes={self.config.lanes} must divide the global batch: {count} vectors on each of "
                 f"{self.context.layout.data} replicas are no equal parts of its {len(self._lanes)} lanes"
             )
+        if not any(lane.blocks for lane in self._lanes):
+            self._fill()
         ids = [part for lane in self._lanes for part in self._take(lane, each)]
         activations = self._flush()
         for lane in self._lanes:
@@ -193,6 +203,19 @@ class ActivationStream:
             "special_ids": list(order.special_ids),
             "drop_first": order.drop_first,
         }
+
+    def _fill(self) -> None:
+        """Produce every lane's current block: the longest wait of a run, so it is told how long."""
+        total, begin, told = len(self._lanes) * self._passes, time.monotonic(), time.monotonic()
+        for done, lane in enumerate(self._lanes):
+            now = time.monotonic()
+            if now - told > TELL_SECONDS and done:
+                told, left = now, (now - begin) / done * (len(self._lanes) - done)
+                logger.info(
+                    "filling the shuffle buffer: %d of %d forward passes, ETA %s",
+                    *(done * self._passes, total, format_duration(left)),
+                )
+            self._produce(lane, lane.index, self._passes)
 
     def _take(self, lane: _Lane, count: int) -> list[np.ndarray]:
         """Mark the lane's next `count` vectors to be read; their ids."""
