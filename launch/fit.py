@@ -42,7 +42,7 @@ def does_it_fit(config: RunConfig, *, machine: Machine | None = None) -> Verdict
     machine = machine or machine_of_run(config)
     if machine is None or config.sae is not None:
         return None
-    plan = _plan(config, machine)
+    plan = plan_run(config, machine)
     known = config.engine.precision == "bf16"
     return Verdict(machine=machine, fit=plan.fit, seconds_per_iteration=plan.time.total if known else None)
 
@@ -89,13 +89,14 @@ def _advice(config: RunConfig, machine: Machine) -> str:
             f"No layout of this model fits {task.gpus} of them at a global batch of {task.global_batch_size}: use more GPUs "
             "(parallel.data, .tensor, .pipeline) or a smaller model or sequence"
         )
-    now = set(_plan(config, machine).overrides())
+    now = set(plan_run(config, machine).overrides())
     changes = [[text for text in plan.overrides() if text not in now] for plan in plans]
     # The fewest changes, and among those the fastest: plans come in the order of their times.
     return f"What would fit: {' '.join(min(changes, key=len))}; the fastest: {' '.join(changes[0])}"
 
 
-def _plan(config: RunConfig, machine: Machine) -> Plan:
+def plan_run(config: RunConfig, machine: Machine) -> Plan:
+    """Memory and predicted time of a checked run with a known vocabulary, on these GPUs."""
     return plan_one(
         _task(config, machine),
         config.layout(),

@@ -1,111 +1,240 @@
-"""`-m`: every combination of listed values, one run after the other, and a table at the end."""
+"""`-m`: every combination of listed values, planned before the first one starts.
 
-import sys
-from collections.abc import Callable, Sequence
+A point that is no possible layout, or cannot fit its devices, is a result like another: it is recorded with the reason and
+not run. Whatever else is wrong refuses the whole sweep.
+"""
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from launch.check import check_config
 from launch.compose import compose_config, expand_sweep
-from steerscale.errors import ConfigError, SteerscaleError
-from steerscale.metrics import read_records
-from steerscale.rundir import STATUS, read_status
+from launch.fit import machine_of_run, plan_run
+from launch.sweep_record import SHORT, Entry, Verdict
+from launch.sweep_settings import SweepConfig, SweepRequest, read_request
+from steerscale.errors import ConfigError, LayoutError, SteerscaleError
+from steerscale.planning.fit import Fit
+from steerscale.planning.machine import read_calibration
+from steerscale.planning.memory import estimate_memory
+from steerscale.rundir import CONFIG
 from steerscale.train.config import RunConfig
 
 
-class Point(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Point:
     """One combination."""
 
-    label: str
-    """Its values of the keys that differ between points."""
-    config: RunConfig
+    entry: Entry
+    """What is recorded of it."""
+    config: RunConfig | None
+    """Checked; None: no possible layout."""
+
+    @property
+    def title(self) -> str:
+        """Its values of the swept keys; of a sweep over nothing, the run's name."""
+        return self.entry.label or (self.config.name if self.config is not None else "")
 
 
-def plan_sweep(overrides: Sequence[str], *, config_name: str) -> list[Point]:
-    """All combinations, checked before the first one starts. Raises SteerscaleError naming the one that cannot run."""
-    jobs = expand_sweep(overrides)
-    swept = [position for position, values in enumerate(zip(*jobs)) if len(set(values)) > 1]
-    points = []
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Planned points."""
+
+    directory: Path
+    """Where it is recorded; the points' run directories are below it unless their names or run_dir say otherwise."""
+    settings: SweepConfig
+    points: list[Point]
+
+    @property
+    def runnable(self) -> list[Point]:
+        """Points that can be run."""
+        return [point for point in self.points if point.entry.verdict == "run"]
+
+
+@dataclass(kw_only=True)
+class _Draft:
+    """A point on its way: a resolved configuration that is not checked yet."""
+
+    values: dict[str, str]
+    mapping: dict[str, Any]
+    impossible: str = ""
+
+    @property
+    def label(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.values.items())
+
+
+def plan_sweep(overrides: Sequence[str], *, config_name: str) -> Sweep:
+    """All combinations, checked and held against their devices; nothing is written.
+
+    Raises SteerscaleError naming the point, unless it is about one point's layout; LayoutError if no point is possible.
+    """
+    request = read_request(overrides)
+    drafts = _compose(request, config_name=config_name)
+    directory = _place(drafts, request)
+    points = [_plan(draft, request.settings, directory) for draft in drafts]
+    if all(point.config is None for point in points):
+        first = points[0].entry
+        raise LayoutError(_labelled(first.label, first.reason))
+    return Sweep(directory=directory, settings=request.settings, points=points)
+
+
+def _compose(request: SweepRequest, *, config_name: str) -> list[_Draft]:
+    jobs = expand_sweep(request.lines)
+    keys = [line.split("=", 1)[0].lstrip("+") for line in jobs[0]]
+    swept = [place for place, values in enumerate(zip(*jobs)) if len(set(values)) > 1 or keys[place] in request.listed]
+    drafts = []
     for job in jobs:
-        label = " ".join(job[position] for position in swept)
+        values = {keys[place]: job[place].split("=", 1)[1] for place in swept}
+        draft = _Draft(values=values, mapping={})
         try:
-            points.append(Point(label, check_config(compose_config(job, config_name=config_name))))
+            draft.mapping = compose_config(job, config_name=config_name)
         except SteerscaleError as error:
-            # An error about the swept value itself begins with it already.
-            raise type(error)(str(error) if str(error).startswith(label) else f"{label}: {error}") from error
-    _check_directories(points, keys=[jobs[0][position].split("=")[0] for position in swept])
-    return points
+            raise type(error)(_labelled(draft.label, str(error))) from error
+        gpus = request.settings.gpus
+        if gpus is not None and (data := _fill(draft, gpus, given="parallel.data" in keys)) is not None:
+            # Once more, for names that refer to it.
+            draft.mapping = compose_config([*job, f"parallel.data={data}"], config_name=config_name)
+        drafts.append(draft)
+    return drafts
 
 
-def run_sweep(points: Sequence[Point], launch: Callable[[RunConfig], int]) -> int:
-    """Run the points one after the other; the worst exit status. A point that fails does not keep the others from running,
-    one that is stopped by a signal does."""
-    worst, stopped = 0, False
-    for number, (label, config) in enumerate(points, start=1):
-        print(f"\n[{number}/{len(points)}] {label or config.name}", flush=True)
-        try:
-            status = launch(config)
-        except SteerscaleError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            status = 2
-        worst = max(worst, status)
-        stopped = config.launcher.name != "dry_run" and _state(config) == "stopped"
-        if stopped:
-            print(f"stopped at point {number} of {len(points)}; start the same command again to go on", flush=True)
-            break
-    if any(config.launcher.name != "dry_run" for _, config in points):
-        print(f"\n{sweep_table(points)}", flush=True)
-    return worst
+def _fill(draft: _Draft, gpus: int, *, given: bool) -> int | None:
+    """The data-parallel degree that makes up sweep.gpus ranks; None if it is set already or there is none."""
+    parallel: Mapping[str, Any] = draft.mapping["parallel"]
+    t, p, d = (parallel[key] for key in ("tensor", "pipeline", "data"))
+    if given:
+        if t * p * d != gpus:
+            draft.impossible = f"tensor {t} x pipeline {p} x data {d} = {t * p * d} ranks are not sweep.gpus={gpus}"
+        return None
+    if gpus % (t * p):
+        draft.impossible = f"tensor {t} x pipeline {p} = {t * p} does not divide sweep.gpus={gpus}"
+        return None
+    return None if gpus == t * p * d else gpus // (t * p)
 
 
-def sweep_table(points: Sequence[Point]) -> str:
-    """Status, last loss and throughput of each point, from its run directory."""
-    rows = [("point", "status", "step", "loss", "held-out", "tokens/s/rank", "run directory")]
-    for label, config in points:
-        run_dir = Path(config.run_dir)
-        train = read_records(run_dir, "train")
-        held_out = [record["loss"] for record in read_records(run_dir, "eval") if record.get("loss") is not None]
-        losses = [record["loss"] for record in train if record.get("loss") is not None]
-        speeds = [speed for record in train if (speed := record.get("tokens_per_second_per_gpu")) is not None]
-        rows.append(
-            (
-                label or config.name,
-                _state(config),
-                str(train[-1]["step"]) if train else "-",
-                f"{losses[-1]:.4f}" if losses else "-",
-                f"{held_out[-1]:.4f}" if held_out else "-",
-                f"{speeds[-1]:,.0f}" if speeds else "-",
-                config.run_dir,
-            )
+def _place(drafts: Sequence[_Draft], request: SweepRequest) -> Path:
+    """Give each draft a run directory of its own, by its swept values if its name does not; the sweep's directory."""
+    settings = request.settings
+    run_dirs = [Path(str(draft.mapping["run_dir"])).expanduser().absolute() for draft in drafts]
+    names = [str(draft.mapping["name"]) for draft in drafts]
+    tags = _tags([draft.values for draft in drafts])
+    possible = [run_dir for draft, run_dir in zip(drafts, run_dirs) if not draft.impossible]
+    distinct = len(set(possible)) == len(possible)
+    if distinct and not (request.listed and len(set(run_dirs)) == 1):
+        directory = _common(run_dirs) / (settings.name or _beginning(names, request.lines))
+        if directory in run_dirs or (directory / CONFIG).is_file():
+            directory = directory.with_name(f"{directory.name}_sweep")
+        for draft, tag in zip(drafts, tags):
+            if draft.impossible:  # its name may be another point's
+                draft.mapping["run_dir"] = str(directory / tag)
+        return directory
+    for draft, run_dir, name, tag in zip(drafts, run_dirs, names, tags):
+        base = run_dir.with_name(settings.name) if settings.name else run_dir
+        draft.mapping.update(name=f"{settings.name or name}_{tag}", run_dir=str(base / tag))
+    first = run_dirs[0] if len(set(run_dirs)) == 1 else _common(run_dirs) / _beginning(names, request.lines)
+    directory = first.with_name(settings.name) if settings.name else first
+    if (directory / CONFIG).is_file():
+        raise ConfigError(
+            f"run_dir={directory} is the directory of a single run, and the points of this sweep would be below it: choose "
+            "another name or sweep.name"
         )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    numbers = range(2, 6)
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if index in numbers else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
+    return directory
+
+
+def _tags(points: Sequence[Mapping[str, str]]) -> list[str]:
+    """A short name for each point that can be a directory's, all different."""
+    for shorten in (_shortened, str):
+        tags = ["_".join(_tag(shorten(key), value) for key, value in values.items()) for values in points]
+        if len(set(tags)) == len(tags) and all(tags):
+            return tags
+    return [f"point{number}" for number in range(len(points))]
+
+
+def _shortened(key: str) -> str:
+    return SHORT.get(key, key.split(".")[-1])
+
+
+def _tag(key: str, value: str) -> str:
+    text = "".join(char if char.isalnum() or char in ".-+" else "-" for char in value.strip("'\""))
+    return f"{key}{text}" if text[:1].isdigit() else f"{key}-{text}"
+
+
+def _common(run_dirs: Sequence[Path]) -> Path:
+    return Path(os.path.commonpath([run_dir.parent for run_dir in run_dirs]))
+
+
+def _beginning(names: Sequence[str], lines: Sequence[str]) -> str:
+    """What the points' names begin with, however many values are listed."""
+    given = [line.split("=", 1)[1].strip("'\"") for line in lines if line.startswith("name=")]
+    if given and "${" in given[-1]:
+        shared = given[-1].split("${")[0]
+    else:
+        first, last = min(names), max(names)
+        shared = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last)))
+    return shared.strip("_-. /").replace("/", "-") or "sweep"
+
+
+def _plan(draft: _Draft, settings: SweepConfig, directory: Path) -> Point:
+    config, reason = None, draft.impossible
+    if not reason:
+        try:
+            config = check_config(draft.mapping)
+        except LayoutError as error:
+            reason = str(error)
+        except SteerscaleError as error:
+            raise type(error)(_labelled(draft.label, str(error))) from error
+    entry = Entry(
+        values=draft.values,
+        verdict="invalid",
+        reason=reason,
+        run_dir=os.path.relpath(draft.mapping["run_dir"], directory),
+    )
+    if config is None:
+        return Point(entry=entry, config=None)
+    entry = replace(entry, layout=str(config.layout()), run_dir=os.path.relpath(config.run_dir, directory))
+    return Point(entry=_predicted(entry, config, settings), config=config)
+
+
+def _predicted(entry: Entry, config: RunConfig, settings: SweepConfig) -> Entry:
+    """The entry with predicted memory and time, and the verdict that follows."""
+    verdict: Verdict = "run"
+    if config.sae is not None or config.model.vocab_size is None:  # the planner knows nothing of SAEs
+        return replace(entry, verdict=verdict)
+    calibrated = read_calibration(Path(settings.calibration)) if settings.calibration else None
+    machine = calibrated or machine_of_run(config)
+    engine = config.engine
+    memory = estimate_memory(
+        config.model,
+        config.layout(),
+        precision=engine.precision,
+        distributed_optimizer=engine.distributed_optimizer,
+        recompute=engine.recompute,
+    )
+    # Without a calibration only bf16 has a peak to predict from.
+    timed = machine is not None and (calibrated is not None or engine.precision == "bf16")
+    seconds = plan_run(config, machine).time.total if machine is not None and timed else None
+    device_gib = settings.memory_gib or (machine.memory_gib if machine is not None else None)
+    reason = ""
+    if device_gib is not None and not config.launcher.force:
+        fit = Fit(memory=memory, device_gib=device_gib)
+        if not fit.fits:
+            verdict = "predicted_oom"
+            usable = f"the {fit.usable_gib:,.2f} usable of {device_gib:g} GiB"
+            reason = f"{fit.over_gib:,.2f} GiB more than {usable}: {fit.spoken_parts()}"
+    return replace(
+        entry,
+        verdict=verdict,
+        reason=reason,
+        predicted_gib=memory.total_gib,
+        device_gib=device_gib,
+        predicted_seconds=seconds,
     )
 
 
-def _state(config: RunConfig) -> str:
-    run_dir = Path(config.run_dir)
-    if not (run_dir / STATUS).is_file():
-        return "not started"
-    try:
-        return read_status(run_dir).state
-    except SteerscaleError:
-        return "unknown"
-
-
-def _check_directories(points: Sequence[Point], *, keys: Sequence[str]) -> None:
-    directories = [str(Path(config.run_dir).resolve()) for _, config in points if config.launcher.name != "dry_run"]
-    if len(set(directories)) < len(directories):
-        again = next(directory for directory in directories if directories.count(directory) > 1)
-        # A group has no value of its own that a name could refer to.
-        names = [f"{key.split('.')[-1]}${{{key}}}" if "." in key else f"${{{key}.d_model}}" for key in keys]
-        raise ConfigError(
-            f"several points of the sweep share run_dir={again}: put what differs into the name, e.g. "
-            f"name='gpt_{'_'.join(names)}'"
-        )
+def _labelled(label: str, text: str) -> str:
+    # An error about the swept value itself begins with it already.
+    return text if not label or text.startswith(label) else f"{label}: {text}"

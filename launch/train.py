@@ -5,6 +5,7 @@ value (optim.lr=2e-4). Every key with its meaning is in docs/configuration.md.
 
     launcher=local      run the ranks on this machine (default)
     launcher=slurm      submit them as a job to cluster=NAME; with launcher.dry_run=true only show the job
+    -m sweep=gas_mbs    run every combination of listed values, what does not fit left out (docs/sweeps.md)
     launcher=dry_run    check everything, build the chosen ranks' shards without memory, print the plan, start nothing
 
 Starting the same command again resumes the run in run_dir (runs/<name>). Errors of the configuration exit with status 2 and
@@ -13,6 +14,7 @@ leave nothing behind.
 
 import argparse
 import difflib
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -26,7 +28,9 @@ from launch.check import check_config
 from launch.compose import compose_config, groups, options, parse_overrides
 from launch.fit import refuse_oversized
 from launch.slurm import show_job, submit_run
-from launch.sweep import plan_sweep, run_sweep
+from launch.sweep import Point, plan_sweep
+from launch.sweep_run import run_sweep
+from launch.sweep_settings import is_about_sweeps
 from steerscale.config import dump_yaml
 from steerscale.errors import ConfigError, SteerscaleError
 from steerscale.jobs.submit import refuse_live
@@ -42,13 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(argv)
         name, overrides = args.config_name, args.overrides
         if args.multirun:
-            points = plan_sweep(overrides, config_name=name)
+            sweep = plan_sweep(overrides, config_name=name)
             if not args.cfg:
-                return run_sweep(points, launch)
-            _print("---\n".join(f"# {label or config.name}\n{dump_yaml(config)}" for label, config in points).rstrip())
+                # Ranks in processes of their own: one that runs out of memory must not take the sweep with it.
+                return run_sweep(sweep, functools.partial(launch, in_process=False))
+            _print("---\n".join(map(_document, sweep.points)).rstrip())
             return 0
-        listed = [override for override in parse_overrides(overrides) if override.is_sweep_override()]
-        if listed:
+        parsed = parse_overrides(overrides)
+        if about := [override for override in parsed if is_about_sweeps(override.key_or_group)]:
+            raise ConfigError(f"{about[0].input_line} is about sweeps: add -m to run one, or leave it out")
+        if listed := [override for override in parsed if override.is_sweep_override()]:
             raise ConfigError(f"{listed[0].input_line} lists several values: add -m to run them all, or choose one")
         if args.cfg:
             _show(overrides, config_name=name)
@@ -59,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def launch(config: RunConfig) -> int:
-    """Start a checked run, or only show it."""
+def launch(config: RunConfig, *, in_process: bool = True) -> int:
+    """Start a checked run, or only show it; `in_process` as for `run_local`."""
     for warning in warnings_about(config):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     if config.launcher.name == "dry_run":
@@ -82,7 +89,13 @@ def launch(config: RunConfig) -> int:
     refuse_live([run_dir])
     existed = create_run_dir(run_dir, config, command=sys.argv)
     print(f"{'resuming' if existed else 'new run'}: {run_dir}", flush=True)
-    return run_local(config)
+    return run_local(config, in_process=in_process)
+
+
+def _document(point: Point) -> str:
+    if point.config is None:
+        return f"# {point.title}: {point.entry.reason}\n"
+    return f"# {point.title}\n{dump_yaml(point.config)}"
 
 
 def _show(overrides: Sequence[str], *, config_name: str) -> None:

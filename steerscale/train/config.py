@@ -103,6 +103,11 @@ class LauncherConfig:
     """After a stop signal, time for the ranks to finish the step and write a checkpoint before they are killed."""
     force: bool = False
     """Start a run although the planner says that it does not fit the GPUs' memory."""
+    preflight: bool | None = None
+    """Measure devices and links before the first step and name the slow ones (docs/sweeps.md); null: on GPUs and on several
+    nodes; false: never."""
+    preflight_least: float | None = None
+    """Share of the median, e.g. 0.5, below which the preflight ends the run; null: it only warns."""
     ranks: list[int] = field(default_factory=lambda: [0])
     """dry_run: global ranks whose shard is built and shown."""
 
@@ -113,6 +118,10 @@ class LauncherConfig:
         )
         for name in ("timeout_minutes", "grace_seconds"):
             require(getattr(self, name) > 0, f"launcher.{name} must be positive, got {getattr(self, name)}")
+        require(
+            self.preflight_least is None or 0 < self.preflight_least < 1,
+            f"launcher.preflight_least must be between 0 and 1 or null, got {self.preflight_least}",
+        )
         require(
             not self.dry_run or self.name == "slurm",
             f"launcher.dry_run=true shows a Slurm job and has no meaning with launcher={self.name}: add launcher=slurm, or "

@@ -22,6 +22,7 @@ from steerscale.rundir import State, Status, read_config, write_error, write_sta
 from steerscale.train.config import RunConfig
 from steerscale.train.gpt import build_gpt_task
 from steerscale.train.loop import Loop, Progress
+from steerscale.train.preflight import is_due, run_preflight
 from steerscale.train.sae import build_sae_task
 from steerscale.train.signals import StopRequest
 from steerscale.train.task import Task
@@ -36,7 +37,7 @@ def run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> None:
     with (
         initialize(config.layout(), timeout_minutes=config.launcher.timeout_minutes) as context,
         _leaving_word(run_dir, rank),
-        closing(_build_task(config, context)) as task,
+        closing(_build_task(config, context, run_dir)) as task,
     ):
         store = CheckpointStore(run_dir / "checkpoints", config.checkpoint)
         progress = _resume(config, store, task)
@@ -67,7 +68,9 @@ def run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> None:
         logger.info("%s at step %d of %d", "finished" if finished else "stopped", progress.step, config.train.steps)
 
 
-def _build_task(config: RunConfig, context: ParallelContext) -> Task:
+def _build_task(config: RunConfig, context: ParallelContext, run_dir: Path) -> Task:
+    if is_due(config, context):
+        run_preflight(config, context, run_dir)  # while the device is still empty
     peak = _peak_tflops(config, context.device)
     if config.sae is not None:
         return build_sae_task(config, context, peak_tflops=peak)

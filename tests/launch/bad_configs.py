@@ -216,18 +216,11 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "initial weights elsewhere": (f"{RUN} train.init_from=notes", ("notes is no Hugging Face model", "no config.json")),
     # --- sweeps
     "sweep without -m": (f"{RUN} optim.lr=1e-4,3e-4", ("optim.lr=1e-4,3e-4 lists several values", "add -m")),
-    "sweep into one": (
-        f"-m {RUN} parallel.tensor=1,2",
-        ("several points of the sweep share run_dir=", "runs/gpt", "name='gpt_tensor${{parallel.tensor}}'"),
-    ),
-    "sweep of models into one": (
-        f"-m {RUN} model=demo,125m model.seq_len=128",
-        ("share run_dir=", "${{model.d_model}}"),
-    ),
-    "sweep with a bad point": (
-        f"-m {RUN} parallel.tensor=1,3 name='x${{{{parallel.tensor}}}}'",
+    "sweep of bad points": (
+        f"-m {RUN} parallel.tensor=3,6",
         ("parallel.tensor=3: parallel.tensor must divide model.num_heads",),
     ),
+    "sweep setting without -m": (f"{RUN} sweep.gpus=2", ("sweep.gpus=2 is about sweeps", "add -m")),
     "sweep with a bad option": (f"-m {RUN} model=demo,dmeo", ("model=dmeo", "did you mean model=demo?")),
     "sweep over an interval": (f"-m {RUN} optim.lr=interval(0,1)", ("optim.lr=interval(0,1)", "range(...)")),
     "sweep over files of no group": (f"-m {RUN} data.path=glob(*)", ("data.path=glob(*)", "config group")),

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
     [
         (["--cfg", "data.path={data}", "train.steps=3"], 0),
         (["data.path={data}", "train.steps=3", "parallel.tensor=3"], 2),
-        (["-m", "data.path={data}", "train.steps=3", "seed=1,2"], 2),
+        (["-m", "data.path={data}", "train.steps=3", "seed=1,2", "parallel.tensor=3"], 2),
     ],
     ids=["cfg", "error", "sweep"],
 )
