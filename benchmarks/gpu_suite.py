@@ -25,12 +25,24 @@ TRAIN = [
     "engine.precision=bf16",
     "train.steps=40",
 ]
+SAE = [
+    "sae.hooks=[blocks.5.hook_resid_post]",
+    "parallel.micro_batch_size=8192",
+    "engine.precision=bf16",
+    "train.steps=60",
+    "optim.warmup_steps=10",
+    "stream.buffer_vectors=131072",
+]
 PARTS = {
     "tests": (["-m", "pytest", "tests/gpu", "-q", "-rs", "-p", "no:cacheprovider"], 240),
     "tokenizer": ([*CLI, "tokenizer", "train", "sample:german", "--vocab-size", "8192", "-o", "OUT/tokenizer"], 60),
     "data": ([*CLI, "data", "prepare", "sample:german", "--tokenizer", "OUT/tokenizer", "-o", "OUT/data"], 60),
     "train_125m": (["-m", "launch.train", "model=125m", "data.path=OUT/data", "run_dir=OUT/train_125m", *TRAIN], 120),
-    "throughput_125m": ([*CLI, "dashboard", "OUT/train_125m"], 30),
+    "train_sae": (
+        ["-m", "launch.train", "--config-name", "train_sae", "stream.lm=OUT/train_125m", "run_dir=OUT/sae", *SAE],
+        90,
+    ),
+    "throughput_125m": ([*CLI, "dashboard", "OUT/train_125m", "OUT/sae"], 30),
 }
 """Name -> (arguments of Python, OUT standing for the output directory; seconds)."""
 
