@@ -27,7 +27,8 @@ class GatedSAE(ReLUSAE):
         """See `SparseAutoencoder.losses`."""
         selection = select_where(encoded.pre_BN > 0)
         gate = self.values(encoded, selection)
-        values = self._magnitudes(gate - encoded.b_enc_N[selection.latents], selection)
+        # Less b_enc alone: b_dec's part in `gate` is in the magnitudes as well.
+        values = self._magnitudes(gate - self.b_enc[selection.latents], selection)
         self.note_active(selection, values)
         frozen = decode(gate, selection, self.W_dec.detach())
         both = self.sum_over_shards(torch.stack([self.partial(values, selection), frozen]))
