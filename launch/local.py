@@ -66,18 +66,19 @@ def run_local(config: RunConfig, *, in_process: bool = True) -> int:
             here = in_process and config.layout().world_size == 1
             failures = _run_here(run_dir, config) if here else _run_ranks(run_dir, config)
         except Killed as killed:
-            _report_failure(run_dir, config, f"FAILED: {killed}\n  {GO_ON}")
+            report_failure(run_dir, config, f"FAILED: {killed}\n  {GO_ON}")
             if killed.by_user:
                 raise SystemExit(INTERRUPTED) from None
             return 1
         if not failures:
             return 0
         summary, status = summarize_failure(run_dir, failures)
-        _report_failure(run_dir, config, summary)
+        report_failure(run_dir, config, summary)
         return status
 
 
-def _report_failure(run_dir: Path, config: RunConfig, summary: str) -> None:
+def report_failure(run_dir: Path, config: RunConfig, summary: str) -> None:
+    """Print what failed, and leave word of it in the run's status."""
     step = 0
     with contextlib.suppress(SteerscaleError):
         step = read_status(run_dir).step

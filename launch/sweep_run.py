@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from launch.allocation import hosts_of_allocation, run_in_allocation
 from launch.caution import warnings_about
 from launch.slurm import submit_array
 from launch.sweep import Point, Sweep
@@ -34,9 +35,13 @@ def run_sweep(sweep: Sweep, launch: Launch) -> int:
     missing = _missing(sweep)
     if config.launcher.dry_run:
         return _show_arrays(sweep, missing)
+    if sweep.settings.allocation and config.launcher.name == "slurm":
+        hosts_of_allocation()  # before anything is written
     write_points(sweep.directory, [point.entry for point in sweep.points], command=sys.argv)
     _say_counts(sweep, missing)
-    if config.launcher.name == "slurm":
+    if config.launcher.name == "slurm" and sweep.settings.allocation:
+        worst = _one_by_one(sweep, missing, run_in_allocation, recorded=True)
+    elif config.launcher.name == "slurm":
         worst = _submit(sweep, missing)
     else:
         worst = _one_by_one(sweep, missing, launch, recorded=True)

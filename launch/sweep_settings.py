@@ -28,6 +28,8 @@ class SweepConfig:
     """Run points again that failed, ran out of memory or out of time."""
     at_once: int | None = None
     """launcher=slurm: points of a job array that may run at the same time; null: as many as there is room for."""
+    allocation: bool = False
+    """launcher=slurm: run the points one after the other in the allocation that this command is in, all on the same nodes."""
     memory_gib: float | None = None
     """Memory of each rank's device, beyond which a point is not run; null: that of the GPUs, where they are known."""
     calibration: str | None = None

@@ -70,7 +70,15 @@ def read_table(directory: Path) -> list[Row]:
     entries = [(entry, (directory / entry.run_dir).resolve()) for entry in read_record(directory).points]
     seen = observe_runs([run_dir for _, run_dir in entries if (run_dir / CONFIG).is_file()])
     rows = [_row(entry, run_dir, seen) for entry, run_dir in entries]
-    return sorted(rows, key=lambda row: (-(row.tflops or 0.0), -(row.tokens_per_second or 0.0)))
+    last = ("predicted OOM", "impossible")
+    return sorted(
+        rows,
+        key=lambda row: (
+            -(row.tflops or 0.0),
+            -(row.tokens_per_second or 0.0),
+            1 + last.index(row.state) if row.state in last else 0,
+        ),
+    )
 
 
 def _row(entry: Entry, run_dir: Path, seen: Mapping[Path, Observation | None]) -> Row:

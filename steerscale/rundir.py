@@ -5,6 +5,7 @@ environment.json   code version, packages, host, command line of the last start
 status.json        state, step, time: see `Status`
 metrics.jsonl      the record of training          tb/  the same for TensorBoard
 checkpoints/       see `checkpoint.store`
+preflight.json     what devices and links reached before the first step, see `train.preflight`
 logs/rank_N.log    everything rank N printed       logs/rank_N.error.json  how it failed, if it did
 """
 

@@ -169,5 +169,5 @@ def test_dry_runs_of_a_sweep_need_no_directories(
     printed = capsys.readouterr().out
     assert "[1/2] parallel.tensor=1" in printed
     assert "[2/2] parallel.tensor=2" in printed
-    assert printed.count("plan of 'gpt'") == 2
+    assert printed.count("plan of 'gpt_tp") == 2
     assert "not started" not in printed

@@ -9,6 +9,8 @@ import pytest
 import launch.train
 from launch.sweep import plan_sweep
 from launch.sweep_record import Record, read_record
+from launch.sweep_table import main as show_table
+from launch.sweep_table import read_table
 from launch.train import main
 from steerscale.errors import ConfigError, LaunchError, LayoutError, SteerscaleError
 from steerscale.metrics import Recorder
@@ -298,6 +300,21 @@ def test_a_damaged_record_is_refused(here: Path, sweep: functools.partial, capsy
         assert part in capsys.readouterr().err
     with pytest.raises(SteerscaleError, match="no directory of a sweep"):
         read_record(here)
+    assert show_table([str(here)]) == 2
+
+
+def test_the_table_can_be_shown_at_any_time(
+    here: Path, sweep: functools.partial, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(Launches(), *SWEEP) == 0
+    printed = capsys.readouterr().out
+    (here / "runs").rename(here / "moved")
+    assert show_table(["moved/gpt"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == printed.splitlines()[-1] == "2 points: 2 finished"
+    (here / "moved" / "gpt" / "tp2" / "status.json").write_text("{", encoding="utf-8")
+    assert show_table(["moved/gpt"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 points: 1 finished, 1 unreadable"
 
 
 TINY = ["model.num_layers=1", "model.d_model=16", "model.d_ff=16", "model.num_heads=2", "model.seq_len=16"]
@@ -314,8 +331,14 @@ def test_a_sweep_of_real_runs(here: Path, german_data: Path, capfd: pytest.Captu
     assert main([*argv, "parallel.micro_batch_size=4", "model.vocab_size=10000000000000", "launcher.force=true"]) == 0
     again = capfd.readouterr().out.splitlines()
     assert again[-1] == "7 points: 2 finished, 1 oom, 2 predicted OOM, 2 impossible"
-    measured = [line.split() for line in again if " finished " in line]
-    assert all(float(cells[-8]) > 0 for cells in measured), measured
+    rows = read_table(here / "runs" / "gas_mbs")
+    for row in rows[:2]:
+        assert (row.state, row.step) == ("finished", 3)
+        assert row.seconds
+        assert row.tflops
+        assert row.memory_gib
+        assert 6 < (row.loss or 0) < 8  # ln 1000 = 6.9
+    assert (rows[0].tflops or 0) > (rows[1].tflops or 0)
+    assert "allocate" in rows[2].reason
     assert not list((here / "runs" / "gas_mbs").glob("*/checkpoints/step_*"))
-    entries = read_record(here / "runs" / "gas_mbs").points
-    assert len({entry.run_dir for entry in entries}) == 7
+    assert len({row.run_dir for row in rows}) == 7
