@@ -14,10 +14,12 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from launch.caution import warnings_about
 from launch.local import ROOT, SIGNALS, WORKER, Failure, report_failure, summarize_failure
 from steerscale.errors import LaunchError
 from steerscale.jobs.script import cluster_of, nodes_and_tasks
 from steerscale.jobs.slurm import run_slurm
+from steerscale.jobs.submit import refuse_live
 from steerscale.rundir import create_run_dir, lock, read_status
 from steerscale.train.config import RunConfig
 
@@ -49,8 +51,12 @@ def run_in_allocation(config: RunConfig) -> int:
         raise LaunchError(
             f"{config.layout()} needs {nodes} nodes of {tasks} ranks, this allocation has {len(hosts)}: {', '.join(hosts)}"
         )
+    for warning in warnings_about(config):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     run_dir = Path(config.run_dir)
-    create_run_dir(run_dir, config, command=sys.argv)
+    refuse_live([run_dir])
+    existed = create_run_dir(run_dir, config, command=sys.argv)
+    print(f"{'resuming' if existed else 'new run'}: {run_dir}", flush=True)
     with lock(run_dir):
         status = _run_ranks(config, hosts[0], nodes=nodes, tasks=tasks)
         if read_status(run_dir).state in ("finished", "stopped"):

@@ -9,7 +9,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "model unknown": (f"{RUN} model=7b", ("model=7b", "configs/model/7b.yaml", "7b_gqa_swiglu")),
     "launcher unknown": (f"{RUN} launcher=dryrun", ("launcher=dryrun", "did you mean launcher=dry_run?")),
     "experiment unknown": ("experiment=german", ("experiment=german", "did you mean experiment=german_demo?")),
-    "group unknown": (f"{RUN} cluster/gpu=a100", ("cluster/gpu=a100", "groups are cluster, experiment, launcher, model")),
+    "group unknown": (
+        f"{RUN} cluster/gpu=a100",
+        ("cluster/gpu=a100", "groups are cluster, experiment, launcher, model"),
+    ),
     "two options": (f"{RUN} model=[demo,125m]", ("model=[demo,125m]: choose one of 1.3b",)),
     "package": (f"{RUN} model@teacher=demo", ("model@teacher=demo", "no such config group")),
     "section as a choice": (f"{RUN} optim=adam", ("optim=adam", "optim is a section", "optim.lr=...")),
