@@ -124,7 +124,7 @@ def fixed_batch(points: Sequence[Point], *, mbs: int | None, gas: int | None) ->
     return max(found, key=lambda key: (len(found[key]), key))
 
 
-def draw_layouts(points: Sequence[Point], *, mbs: int, gas: int, left_out: Sequence[str], title: str) -> "Figure":
+def draw_layouts(points: Sequence[Point], *, mbs: int, gas: int, left_out: Sequence[str], device: str) -> "Figure":
     """Bars of TFLOP/s a rank, the best first."""
     from matplotlib.figure import Figure
 
@@ -163,25 +163,29 @@ def draw_layouts(points: Sequence[Point], *, mbs: int, gas: int, left_out: Seque
     axis.set_xlabel("TFLOP/s a rank" + (f"\nnot run: {'; '.join(left_out)}" if left_out else ""), wrap=True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="lower right")
-    axis.set_title(f"Throughput by layout at MBS {mbs}, GAS {gas}\n{title}", fontsize=10)
+    axis.set_title(f"Throughput by layout at MBS {mbs}, GAS {gas}\n{_title(chosen, device)}", fontsize=10)
     return figure
 
 
-def draw_throughput(points: Sequence[Point], *, over: str, title: str) -> "Figure":
+def draw_throughput(points: Sequence[Point], *, over: str, device: str) -> "Figure":
     """Tokens/s a rank over one of `OVER`; a line for each model, degrees and the rest of the batch."""
     from matplotlib.figure import Figure
 
     spoken, place = OVER[over]
     lines: dict[str, dict[int, float]] = {}
+    members: dict[str, list[Point]] = {}
     for point in points:
         if point.layout is None or point.tokens_per_second is None:
             continue
         degrees = [] if over == "ranks" else [point.degrees]
         rest = [f"{name} {value(point.layout)}" for name, (_, value) in OVER.items() if name not in (over, "ranks")]
         key = " ".join([point.model, *degrees, *rest])
+        members.setdefault(key, []).append(point)
         # Of several runs that differ in what is not shown, the best.
         there = lines.setdefault(key, {})
         there[place(point.layout)] = max(there.get(place(point.layout), 0.0), point.tokens_per_second)
+    if any(len(values) > 1 for values in lines.values()):  # what was not varied says nothing here
+        lines = {key: values for key, values in lines.items() if len(values) > 1}
     best = sorted(lines, key=lambda key: (-len(lines[key]), -max(lines[key].values())))[:MOST_LINES]
     figure = Figure(figsize=(8.5, 4.8), layout="constrained", dpi=120)
     axis = figure.subplots()
@@ -201,8 +205,9 @@ def draw_throughput(points: Sequence[Point], *, over: str, title: str) -> "Figur
     axis.spines[["top", "right"]].set_visible(False)
     if best:
         axis.legend(frameon=False, fontsize=8)
+    drawn = [point for key in best for point in members[key]]
     more = f", {len(best)} of {len(lines)} lines" if len(lines) > len(best) else ""
-    axis.set_title(f"Throughput over the {spoken}{more}\n{title}", fontsize=10)
+    axis.set_title(f"Throughput over the {spoken}{more}\n{_title(drawn, device)}", fontsize=10)
     return figure
 
 
@@ -219,7 +224,7 @@ def one_device(points: Sequence[Point], wanted: str | None) -> tuple[list[Point]
 def _title(points: Sequence[Point], device: str) -> str:
     models = ", ".join(dict.fromkeys(point.model for point in points))
     ranks = sorted({point.layout.world_size for point in points if point.layout is not None})
-    span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    span = " to ".join(str(number) for number in dict.fromkeys((ranks[0], ranks[-1]))) if ranks else "no"
     note = "; says nothing about GPUs" if device.startswith("CPU") else ""
     return f"{models} parameters on {span} ranks, {device}{note}"
 
@@ -264,11 +269,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SteerscaleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    title = _title(points, device)
     args.output.mkdir(parents=True, exist_ok=True)
     figures = {
-        "layouts": draw_layouts(points, mbs=mbs, gas=gas, left_out=left_out, title=title),
-        "throughput": draw_throughput(points, over=args.over, title=title),
+        "layouts": draw_layouts(points, mbs=mbs, gas=gas, left_out=left_out, device=device),
+        "throughput": draw_throughput(points, over=args.over, device=device),
     }
     written = []
     for name, figure in figures.items():

@@ -216,7 +216,7 @@ def _predicted(entry: Entry, config: RunConfig, settings: SweepConfig) -> Entry:
     )
     # Without a calibration only bf16 has a peak to predict from.
     timed = machine is not None and (calibrated is not None or engine.precision == "bf16")
-    seconds = plan_run(config, machine).time.total if machine is not None and timed else None
+    plan = plan_run(config, machine) if machine is not None and timed else None
     device_gib = settings.memory_gib or (machine.memory_gib if machine is not None else None)
     reason = ""
     if device_gib is not None and not config.launcher.force:
@@ -231,7 +231,8 @@ def _predicted(entry: Entry, config: RunConfig, settings: SweepConfig) -> Entry:
         reason=reason,
         predicted_gib=memory.total_gib,
         device_gib=device_gib,
-        predicted_seconds=seconds,
+        predicted_seconds=None if plan is None else plan.time.total,
+        predicted_tflops=None if plan is None else plan.throughput.model_tflops_per_gpu,
     )
 
 

@@ -52,6 +52,8 @@ class Entry:
     """Memory of each rank's device; null: unknown."""
     predicted_seconds: float | None = None
     """Of an iteration; null: unknown."""
+    predicted_tflops: float | None = None
+    """Model FLOPs in 1e12/s a rank that follow from it."""
 
     @property
     def label(self) -> str:

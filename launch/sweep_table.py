@@ -106,7 +106,19 @@ def _row(entry: Entry, run_dir: Path, seen: Mapping[Path, Observation | None]) -
 
 
 COLUMNS = (
-    *("point", "layout", "state", "step", "s/iter", "predicted", "TFLOP/s/GPU", "tok/s/GPU", "GiB", "predicted GiB"),
+    *(
+        "point",
+        "layout",
+        "state",
+        "step",
+        "s/iter",
+        "predicted s",
+        "TFLOP/s/GPU",
+        "predicted TFLOP/s",
+        "tok/s/GPU",
+        "GiB",
+        "predicted GiB",
+    ),
     *("loss", "held-out", "run directory"),
 )
 LEFT = {0, 1, 2, len(COLUMNS) - 1}
@@ -139,6 +151,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _number(row.seconds, ".4g"),
         _number(entry.predicted_seconds, ".4g"),
         _number(row.tflops, ".4g"),
+        _number(entry.predicted_tflops, ".4g"),
         _number(row.tokens_per_second, ",.0f"),
         _number(row.memory_gib, ".2f"),
         _number(entry.predicted_gib, ".2f"),

@@ -57,19 +57,19 @@ def runs(german_data: Path, tmp_path: Path) -> Path:
 def test_figures_show_each_layout_once_and_why_others_have_no_result(runs: Path) -> None:
     points = read_points([runs])
     assert fixed_batch(points, mbs=None, gas=None) == (2, 4)
-    figure = draw_layouts(points, mbs=2, gas=4, left_out=["TP1 PP1 DP1: predicted OOM"], title="on a CPU")
+    figure = draw_layouts(points, mbs=2, gas=4, left_out=["TP1 PP1 DP1: predicted OOM"], device="CPU (test)")
     (axis,) = figure.axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["TP2 PP1 DP1", "TP1 PP1 DP2", "TP1 PP2 DP1"]
     assert [bar.get_width() for bar in axis.patches[:3]] == [120, 100, 0]
     assert [round(bar.get_width()) for bar in axis.patches[3:]] == [168, 140, 0]
     assert [text.get_text().strip() for text in axis.texts] == ["120", "100", "out of memory"]
     assert "predicted OOM" in axis.get_xlabel()
-    (axis,) = draw_throughput(points, over="MBS", title="on a CPU").axes
+    (axis,) = draw_throughput(points, over="MBS", device="CPU (test)").axes
     lines = {line.get_label(): list(line.get_xydata().ravel()) for line in axis.get_lines()}
     assert {label.split(" ", 1)[1]: values for label, values in lines.items()} == {
         "TP2 PP1 DP1 GAS 4": [2, 1200, 4, 1500],
-        "TP1 PP1 DP2 GAS 4": [2, 1000],
-    }
+    }  # a single point is no line
+    assert axis.get_title().endswith("parameters on 2 ranks, CPU (test); says nothing about GPUs")
 
 
 def test_the_command_writes_both_figures(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

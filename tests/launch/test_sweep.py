@@ -86,9 +86,9 @@ def test_points_run_one_after_the_other_and_the_best_comes_first(
     header, first, second, counts = printed[-4:]
     assert header.split()[:4] == ["point", "layout", "state", "step"]
     assert first.split()[0] == "tp=1"
-    assert first.split()[6:10] == ["finished", "2", "0.5", "-"]
-    assert first.split()[10:] == ["2", "200", "-", first.split()[13], "7.0000", "8.2500", f"{here}/runs/x_tp1"]
-    assert second.split()[8:12:2] == ["0.75", "1.5"]  # median of the two reports: 0.5 and 1 s
+    assert first.split()[6:12] == ["finished", "2", "0.5", "-", "2", "-"]
+    assert first.split()[12:] == ["200", "-", first.split()[14], "7.0000", "8.2500", f"{here}/runs/x_tp1"]
+    assert second.split()[8:12:2] == ["0.75", "1.5"]  # medians of two reports: 0.5 and 1 s, 2 and 1 TFLOP/s
     assert counts == "2 points: 2 finished"
     assert verdicts(read_record(here / "runs" / "x_tp")) == {"tp=1": "run", "tp=2": "run"}
 
