@@ -11,7 +11,7 @@ from launch.sweep import Point, Sweep
 from launch.sweep_record import write_points, write_reason
 from launch.sweep_table import format_table, observe_runs, read_table
 from steerscale.config import dump_yaml, to_mapping
-from steerscale.errors import SteerscaleError
+from steerscale.errors import ConfigError, SteerscaleError
 from steerscale.jobs.observe import LIVE_STATES, Observation
 from steerscale.jobs.script import nodes_and_tasks, render_script
 from steerscale.rundir import CONFIG, read_config
@@ -29,9 +29,16 @@ def run_sweep(sweep: Sweep, launch: Launch) -> int:
     Returns the worst exit status; a point that ran out of memory counts as a result. A point that fails does not keep the
     others from running, a stop does. Raises SteerscaleError if a finished point was run with other settings.
     """
-    (config, *_) = [point.config for point in sweep.points if point.config is not None]
+    possible = [point for point in sweep.points if point.config is not None]
+    (config, *others) = [point.config for point in possible if point.config is not None]
+    if other := next((other for other in others if other.launcher.name != config.launcher.name), None):
+        raise ConfigError(f"launcher={config.launcher.name},{other.launcher.name}: points of a sweep have one launcher")
     if config.launcher.name == "dry_run":
-        return _one_by_one(sweep, [point for point in sweep.points if point.config is not None], launch, recorded=False)
+        worst = _one_by_one(sweep, possible, launch, recorded=False)
+        for point in sweep.points:
+            if point.config is None:
+                print(f"\nimpossible: {point.title}: {point.entry.reason}", flush=True)
+        return worst
     missing = _missing(sweep)
     if config.launcher.dry_run:
         return _show_arrays(sweep, missing)

@@ -135,6 +135,21 @@ def test_impossible_layouts_are_results(
     assert printed.splitlines()[-1] == "4 points: 1 finished, 3 impossible"
 
 
+def test_dry_runs_say_what_is_impossible_and_write_nothing(
+    here: Path, sweep: functools.partial, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launches: list[RunConfig] = []
+
+    def show(config: RunConfig, *, in_process: bool = True) -> int:
+        launches.append(config)
+        return 0
+
+    assert sweep(show, "-m", "launcher=dry_run", "train.steps=2", "parallel.tensor=1,3") == 0
+    assert [config.parallel.tensor for config in launches] == [1]
+    assert "impossible: parallel.tensor=3: parallel.tensor must divide" in capsys.readouterr().out
+    assert list(here.iterdir()) == []
+
+
 def test_what_no_point_can_do_refuses_the_sweep(
     here: Path, sweep: functools.partial, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +162,7 @@ def test_what_no_point_can_do_refuses_the_sweep(
         (["model=demo,dmeo"], "did you mean model=demo?"),
         (["parallel.tensor=1,2", "sweep.gpu=2"], "unknown key 'sweep.gpu': did you mean 'gpus'?"),
         (["parallel.tensor=1,2", "sweep.gpus=1,2"], "cannot be swept"),
+        (["launcher=local,dry_run", "model.vocab_size=1000"], "points of a sweep have one launcher"),
         (["sweep=gas_msb"], "choose one of gas_mbs, parallelism"),
     ):
         assert sweep(launches, "-m", "train.steps=2", *arguments) == 2, arguments
