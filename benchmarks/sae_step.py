@@ -174,7 +174,7 @@ def _ours(work: Work, first: torch.Tensor) -> Iterator[Step]:
     from steerscale.sae.base import REPORTED
     from steerscale.sae.config import SAEConfig, specs_of
     from steerscale.sae.initial import draw_weights, initialize_from_data
-    from steerscale.train.sae import Vectors, _forward
+    from steerscale.train.sae import Vectors, sae_forward
 
     hook = "blocks.0.hook_resid_post"
     (spec,) = specs_of(SAEConfig(hooks=[hook], architecture="topk", width=work.latents, k=work.k), {hook: work.d})
@@ -194,7 +194,7 @@ def _ours(work: Work, first: torch.Tensor) -> Iterator[Step]:
 
         def step(number: int, x: torch.Tensor) -> float:
             sae.before_step(number)
-            result = engine.train_step([Vectors({hook: x}, len(x))], _forward, lr=LR)
+            result = engine.train_step([Vectors({hook: x}, len(x))], sae_forward, lr=LR)
             sae.after_update()
             return result.totals.loss
 

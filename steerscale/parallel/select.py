@@ -8,6 +8,7 @@ that order, so the number selected is exact and what is selected does not depend
     P tensor ranks, B tokens (rows) of this replica, N latents of this shard, k selected; nnz entries selected here
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -120,7 +121,7 @@ def topk_across(values_BN: torch.Tensor, k: int, group: dist.ProcessGroup | None
     Negative values are selected as any others where too few are positive: a ReLU after the selection makes them zero, as in
     OpenAI's and SAELens's TopK.
 
-    Each rank offers its m = min(k, N, ceil(2k/P)) best; rank r decides for B/P tokens and answers with the number that each
+    Each rank offers its m best, see `offered_by_rank`; rank r decides for B/P tokens and answers with the number that each
     rank may keep. Only where a rank's offer is used up, and the rank has more, is the row decided again from k offers.
     Sent by a rank: 2 all-to-alls, of B m (P-1)/P values and B (P-1)/P int32 counts.
 
@@ -134,7 +135,7 @@ def topk_across(values_BN: torch.Tensor, k: int, group: dist.ProcessGroup | None
     if group is None or ranks == 1:
         best = top_rows(values_BN, min(k, latents))
         return _from_prefixes(best, torch.full((rows,), best.shape[1], device=best.device), latents)
-    offered = min(k, latents, -(-2 * k // ranks))
+    offered = min(offered_by_rank(k, ranks), latents)
     best = top_rows(values_BN, offered)
     counts = _agree(values_BN.gather(1, best), k, more=offered < min(k, latents), group=group)
     undecided = (counts < 0).nonzero().squeeze(1)  # the same rows on every rank of the group
@@ -145,6 +146,14 @@ def topk_across(values_BN: torch.Tensor, k: int, group: dist.ProcessGroup | None
     best = torch.nn.functional.pad(best, (0, again.shape[1] - offered))
     best[undecided] = again
     return _from_prefixes(best, counts, latents)
+
+
+def offered_by_rank(k: int, ranks: int) -> int:
+    """Candidates that each of P ranks offers for k places: three standard deviations above its expected k/P, at most k.
+
+    Were they spread at random, about one row in twenty would have to be decided again.
+    """
+    return min(k, math.ceil(k / ranks + 3 * math.sqrt(k / ranks)))
 
 
 def _agree(offers_BM: torch.Tensor, k: int, *, more: bool, group: dist.ProcessGroup) -> torch.Tensor:

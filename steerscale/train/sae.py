@@ -126,7 +126,7 @@ class SAETask:
         """[applied, vectors, squared gradient norm, *MEASURES], the same on every rank of the stage."""
         sae = trained.sae
         sae.before_step(step)
-        result = trained.engine.train_step(micro_batches, _forward, lr=lr, timer=timer)
+        result = trained.engine.train_step(micro_batches, sae_forward, lr=lr, timer=timer)
         if result.applied:
             trained.applied_steps += 1
             with timer("optimizer"):
@@ -268,8 +268,9 @@ def _build(number: int, spec: SAESpec, config: RunConfig, stage: ParallelContext
     return Trained(number=number, sae=sae, engine=engine)
 
 
-def _forward(batch: Vectors, sae: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
-    spec = cast("SparseAutoencoder", sae.module).spec  # inside Megatron-Core's data parallelism
+def sae_forward(batch: Vectors, sae: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+    """Losses of a micro-batch by an SAE inside Megatron-Core's data parallelism, as `engines.megatron.Forward` has it."""
+    spec = cast("SparseAutoencoder", sae.module).spec
     inputs = batch.of(spec.inputs)
     losses: Losses = sae(inputs, batch.of(spec.outputs) if spec.is_transcoder else inputs)
     tokens = torch.tensor(batch.size, dtype=torch.int, device=inputs.device)
