@@ -12,7 +12,7 @@ formula:
 - for comparison, data parallelism: 4 N d (P-1)/P values for the gradients of both matrices.
 
 Memory is what a rank's resident memory grew by from before the SAE was built to its highest: weights, gradients, moments and
-pre-activations, all cut by P. Ranks share this machine's cores, so steps a second say nothing of GPUs. The last line is one JSON
+pre-activations, all cut by P. Ranks share the cores, so steps a second say nothing of GPUs. The last line is one JSON
 object; `ratio` is the least of formula over counted bytes, 1 where the code sends what it says.
 """
 
