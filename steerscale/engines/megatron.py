@@ -29,6 +29,7 @@ from steerscale.parallel.megatron import (
     clip_grad_by_total_norm_fp32,
     finalize_model_grads,
     forward_backward_no_pipelining,
+    gathered_within,
     get_forward_backward_func,
     get_megatron_optimizer,
     tensor_parallel,
@@ -122,24 +123,25 @@ class MegatronEngine:
             )
             for index, chunk in enumerate(chunks)
         ]
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=optim.lr,
-                weight_decay=optim.weight_decay,
-                adam_beta1=optim.beta1,
-                adam_beta2=optim.beta2,
-                adam_eps=optim.eps,
-                clip_grad=optim.clip,
-                bf16=bf16,
-                params_dtype=config.params_dtype,
-                use_distributed_optimizer=engine.distributed_optimizer,
-                overlap_param_gather=overlap and engine.distributed_optimizer,
-            ),
-            [*self.chunks],
-            use_gloo_process_groups=False,
-            pg_collection=context.groups,
-        )
+        with gathered_within(context.world):
+            self.optimizer = get_megatron_optimizer(
+                OptimizerConfig(
+                    optimizer="adam",
+                    lr=optim.lr,
+                    weight_decay=optim.weight_decay,
+                    adam_beta1=optim.beta1,
+                    adam_beta2=optim.beta2,
+                    adam_eps=optim.eps,
+                    clip_grad=optim.clip,
+                    bf16=bf16,
+                    params_dtype=config.params_dtype,
+                    use_distributed_optimizer=engine.distributed_optimizer,
+                    overlap_param_gather=overlap and engine.distributed_optimizer,
+                ),
+                [*self.chunks],
+                use_gloo_process_groups=False,
+                pg_collection=context.groups,
+            )
         _prepare_torch_adam(self.optimizer)
         self._connect(overlap)
         self._schedule: Callable[..., list[torch.Tensor]] = get_forward_backward_func()

@@ -8,6 +8,9 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -49,6 +52,7 @@ __all__ = [
     "dist_checkpointing",
     "finalize_model_grads",
     "forward_backward_no_pipelining",
+    "gathered_within",
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",
     "get_megatron_optimizer",
@@ -80,3 +84,28 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
+
+
+@contextmanager
+def gathered_within(world: dist.ProcessGroup | None) -> Iterator[None]:
+    """Here Megatron-Core gathers objects within `world` where it names no group; None: from all ranks, as it is.
+
+    Its optimizers compare their parameter groups over all ranks when they are built. Pipeline stages that are worlds of their
+    own build different numbers of optimizers, and would wait for each other for ever.
+    """
+    if world is None:
+        yield
+        return
+    gather, size = dist.all_gather_object, dist.get_world_size
+
+    def gather_within(objects: list[Any], own: Any, group: dist.ProcessGroup | None = None) -> None:
+        gather(objects, own, group=group or world)
+
+    def size_within(group: dist.ProcessGroup | None = None) -> int:
+        return size(group or world)
+
+    dist.all_gather_object, dist.get_world_size = gather_within, size_within
+    try:
+        yield
+    finally:
+        dist.all_gather_object, dist.get_world_size = gather, size
