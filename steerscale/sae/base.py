@@ -311,6 +311,7 @@ def megatron_config(spec: SAESpec, context: ParallelContext) -> TransformerConfi
         hidden_size=spec.d_in,
         num_attention_heads=context.layout.tensor,  # there are none, but it wants a multiple of the ranks
         tensor_model_parallel_size=context.layout.tensor,
-        calculate_per_token_loss=True,
+        # All micro-batches are of one size, so the mean of their means is the mean: no pass over the gradients to scale them.
+        calculate_per_token_loss=False,
         gradient_accumulation_fusion=False,
     )
