@@ -70,6 +70,11 @@ def load_gpt(
     return TrainedGPT(chunks=chunks, config=config, checkpoint=checkpoint, tokenizer=_tokenizer(config))
 
 
+def run_tokenizer(run_dir: Path) -> Tokenizer:
+    """The tokenizer of a run's data. Raises ConfigError if the run has none."""
+    return _tokenizer(from_mapping(RunConfig, read_config(run_dir)))
+
+
 def _tokenizer(config: RunConfig) -> Tokenizer:
     if config.data is None:
         raise ConfigError("the run has no data section, so its tokenizer is unknown")

@@ -1,71 +1,101 @@
-"""Next tokens from a trained model: temperature, top-k and nucleus sampling.
+"""The distribution of the next token: repetition penalty, temperature, top-k, nucleus and min-p, in this order.
 
-Shapes: S tokens so far, V vocabulary.
+The same as transformers' `generate` with the same settings. Shapes: B texts, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from steerscale.config import require
-from steerscale.models.gpt import GPT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. The defaults sample from the model's own distribution."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy, whatever the filters say."""
+    top_k: int | None = None
+    """Keep the k most probable tokens, and those as probable as the last of them; null: all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most probable tokens whose mass reaches this (nucleus, Holtzman et al. 2020)."""
+    min_p: float = 0.0
+    """Keep tokens at least this many times as probable as the most probable one (Nguyen et al. 2024)."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens of prompt and text so far: positive ones are divided by this, negative ones multiplied (Keskar et al.
+    2019); 1 is none."""
+    seed: int = 0
+    """Of the random choices. Each text of a batch draws from a sequence of its own: equal alone and in any batch at the same
+    place."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
+        require(self.top_k is None or self.top_k > 0, f"top_k must be positive, got {self.top_k}")
+        require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
+        require(0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}")
+        require(self.repetition_penalty > 0, f"repetition_penalty must be positive, got {self.repetition_penalty}")
+
+
+GREEDY = Sampling(temperature=0.0)
+MODEL = Sampling()
+"""The model's own distribution."""
 
 
 def next_token_distribution(
-    logits_V: torch.Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+    logits_BV: torch.Tensor, sampling: Sampling, *, texts: Sequence[Sequence[int]] | None = None
 ) -> torch.Tensor:
-    """Probabilities [V] of the next token, in float32.
+    """Probabilities float32 [B, V] of the next tokens.
 
     Args:
-        temperature: divides the logits; 0 puts everything on the largest one (greedy).
-        top_k: keep the k most probable tokens; None keeps all.
-        top_p: keep the smallest set of most probable tokens whose mass reaches this (Holtzman et al. 2020), after top_k.
+        texts: token ids of each text so far, prompt included; only a repetition penalty reads them.
     """
-    require(temperature >= 0, f"temperature must not be negative, got {temperature}")
-    require(top_k is None or top_k > 0, f"top_k must be positive, got {top_k}")
-    require(0 < top_p <= 1, f"top_p must be in (0, 1], got {top_p}")
-    logits_V = logits_V.float()
-    if temperature == 0:
-        return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(dim=-1, keepdim=True), 1.0)
-    logits_V = logits_V / temperature
-    if top_k is not None and top_k < logits_V.numel():
-        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], float("-inf"))
-    probabilities_V = logits_V.softmax(dim=-1)
-    if top_p < 1:
-        sorted_V, order_V = probabilities_V.sort(descending=True, stable=True)
-        # A token stays if the mass before it is below top_p: the one that crosses the line is still in.
-        dropped = order_V[sorted_V.cumsum(dim=-1) - sorted_V >= top_p]
-        probabilities_V = probabilities_V.index_fill(0, dropped, 0.0)
-        probabilities_V = probabilities_V / probabilities_V.sum()
-    return probabilities_V
+    logits_BV = logits_BV.float()
+    if sampling.repetition_penalty != 1:
+        assert texts is not None
+        logits_BV = _penalize(logits_BV, sampling.repetition_penalty, texts)
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits_BV).scatter_(-1, logits_BV.argmax(dim=-1, keepdim=True), 1.0)
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
+        last_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < last_B1, float("-inf"))
+    if sampling.top_p < 1:
+        # From the least probable token upwards: one goes if it and all below it have no more mass than may be lost.
+        order_BV = logits_BV.argsort(dim=-1)
+        mass_BV = logits_BV.gather(-1, order_BV).softmax(dim=-1).cumsum(dim=-1)
+        lost_BV = mass_BV <= 1 - sampling.top_p
+        lost_BV[:, -1] = False
+        logits_BV = logits_BV.masked_fill(torch.zeros_like(lost_BV).scatter_(-1, order_BV, lost_BV), float("-inf"))
+    if sampling.min_p > 0:
+        probabilities_BV = logits_BV.softmax(dim=-1)
+        least_B1 = sampling.min_p * probabilities_BV.amax(dim=-1, keepdim=True)
+        logits_BV = logits_BV.masked_fill(probabilities_BV < least_B1, float("-inf"))
+    return logits_BV.softmax(dim=-1)
 
 
-@torch.no_grad()
-def generate(
-    model: GPT,
-    prompt: list[int],
-    *,
-    max_tokens: int,
-    eos_id: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> Iterator[int]:
-    """Yield up to `max_tokens` new tokens after `prompt`, one by one; ends after `eos_id`.
+def _penalize(logits_BV: torch.Tensor, penalty: float, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        seen_BV[row, list(text)] = True
+    penalized_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+    return torch.where(seen_BV, penalized_BV, logits_BV)
 
-    For a whole model in one process. Each token runs the whole (last seq_len tokens of the) text again: no KV cache yet.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(seed)
-    tokens = list(prompt)
-    require(bool(tokens), "the prompt is empty: give at least one token")
-    for _ in range(max_tokens):
-        tokens_BS = torch.tensor([tokens[-model.model.seq_len :]], device=device)
-        logits_V = model(tokens_BS)[-1, 0, : model.model.tokens]
-        weights = next_token_distribution(logits_V, temperature=temperature, top_k=top_k, top_p=top_p)
-        token = int(torch.multinomial(weights, 1, generator=generator))
-        yield token
-        if token == eos_id:
-            return
-        tokens.append(token)
+
+class Choice:
+    """Draws next tokens of a batch; the same with the same seed, on any device."""
+
+    def __init__(self, sampling: Sampling, batch_size: int) -> None:
+        self._sampling = sampling
+        self._generators = [torch.Generator().manual_seed(sampling.seed + 1_000_003 * row) for row in range(batch_size)]
+
+    def draw(self, logits_BV: torch.Tensor, texts: Sequence[Sequence[int]]) -> list[int]:
+        """A token for each text."""
+        weights_BV = next_token_distribution(logits_BV, self._sampling, texts=texts)
+        if self._sampling.temperature == 0:
+            return weights_BV.argmax(dim=-1).tolist()
+        return [
+            int(torch.multinomial(weights_V, 1, generator=generator))
+            for weights_V, generator in zip(weights_BV.cpu(), self._generators)
+        ]

@@ -57,6 +57,8 @@ class CoreAttention(torch.nn.Module):
         super().__init__()
         self.dropout = config.attention_dropout
         self.sequence_parallel = config.sequence_parallel
+        self.cache: Any = None
+        """`models.kv_cache.LayerCache` while text is generated."""
 
     def forward(
         self,
@@ -70,6 +72,9 @@ class CoreAttention(torch.nn.Module):
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBHD, k_SBGD, v_SBGD))
+        if self.cache is not None:
+            k, v = self.cache.extend(k, v)
+            attention_mask = self.cache.mask
         if self.dropout and self.training and not self.sequence_parallel:
             # Heads differ between tensor ranks, so must their dropout; the sequence-parallel block has forked already.
             with tensor_parallel.get_cuda_rng_tracker().fork():  # type: ignore[union-attr]

@@ -30,6 +30,8 @@ class Tokenizer(ABC):
     """Begins a text where a model was trained that way; datasets of ours do not hold it."""
     pad_id: int | None
     """Fills up a batch; never trained on."""
+    prefix: tuple[int, ...] = ()
+    """What it puts before a text by itself where a model is to read one; `encode` leaves it out."""
     hash: str
     """SHA-256 (hex) of the file that determines the ids; two tokenizers agree exactly if it does."""
 

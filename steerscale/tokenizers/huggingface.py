@@ -42,6 +42,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{origin} has no end-of-text token: set eos_token in {SETTINGS} to an entry of its vocabulary"
             )
         self.eos_id = eos_id
+        added = tuple(self._backend.encode("", add_special_tokens=True).ids)
+        self.prefix = added if added == (self.bos_id,) else ()
 
     @classmethod
     def load(cls, directory: Path) -> "HuggingFaceTokenizer":
