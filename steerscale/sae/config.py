@@ -80,7 +80,10 @@ class SAEConfig:
     unit_norm_decoder: bool = True
     """Keep decoder rows at norm 1, their gradients free of the component along them."""
     tied_init: bool = True
-    """Begin with the encoder equal to the decoder's transpose, where the widths allow."""
+    """Begin with the encoder in the decoder's directions, its transpose times `encoder_scale`, where the widths allow."""
+    encoder_scale: float = 1.0
+    """Times the encoder's initial weights. Below 1 the many latents that are active at first do not add up to more than the
+    input; jumprelu: `initial_threshold` shrinks with it."""
     normalize: Literal["none", "unit", "width"] = "unit"
     """Scale activations so that their mean squared norm is 1 (unit) or their width (width); undone in exports."""
     b_dec_init: Literal["zero", "mean", "geometric_median"] = "geometric_median"
@@ -106,6 +109,7 @@ class SAEConfig:
         require(self.aux_k is None or self.aux_k >= 0, f"sae.aux_k must not be negative, got {self.aux_k}")
         for name in ("sparsity", "sparsity_warmup_steps", "aux_coefficient", "initial_threshold"):
             require(getattr(self, name) >= 0, f"sae.{name} must not be negative, got {getattr(self, name)}")
+        require(self.encoder_scale > 0, f"sae.encoder_scale must be positive, got {self.encoder_scale}")
         require(self.bandwidth > 0, f"sae.bandwidth must be positive, got {self.bandwidth}")
         for name in ("ema", "threshold_decay"):
             require(0 <= getattr(self, name) < 1, f"sae.{name} must be in [0, 1), got {getattr(self, name)}")

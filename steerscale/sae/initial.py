@@ -14,7 +14,8 @@ MEDIAN_TOLERANCE = 1e-6
 
 @torch.no_grad()
 def draw_weights(sae: SparseAutoencoder, *, seed: int) -> None:
-    """Decoder rows in uniformly random directions with norm 1, the encoder their transpose where widths allow; biases 0.
+    """Decoder rows in uniformly random directions with norm 1, the encoder their transpose times `encoder_scale` where widths
+    allow; biases 0.
 
     Drawn whole and cut, from the seed and the SAE's name: the same on every layout. A whole matrix must fit once beside the
     shard.
@@ -32,6 +33,7 @@ def draw_weights(sae: SparseAutoencoder, *, seed: int) -> None:
         sae.W_enc.copy_(sae.W_dec)
     else:  # an encoder as long as its input is wide: pre-activations of the size of the input
         sae.W_enc.mul_(math.sqrt(spec.d_in / spec.width) if spec.width > spec.d_in else 1.0)
+    sae.W_enc.mul_(spec.config.encoder_scale)
 
 
 @torch.no_grad()

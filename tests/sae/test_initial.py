@@ -1,0 +1,29 @@
+"""Initial weights of SAEs."""
+
+import pytest
+import torch
+
+from steerscale.parallel.context import initialize
+from steerscale.parallel.layout import ParallelLayout
+from steerscale.sae.architectures import ARCHITECTURES
+from steerscale.sae.base import SparseAutoencoder
+from steerscale.sae.config import SAEConfig, specs_of
+from steerscale.sae.initial import draw_weights
+
+HOOK = "blocks.0.hook_resid_post"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_encoder_scale_multiplies_the_encoder_alone(tied: bool) -> None:
+    whole, half = _drawn(tied_init=tied), _drawn(tied_init=tied, encoder_scale=0.5)
+    assert torch.equal(half.W_dec, whole.W_dec)
+    torch.testing.assert_close(half.W_enc, whole.W_enc / 2)
+    assert torch.equal(whole.W_enc, whole.W_dec) is tied
+
+
+def _drawn(**config: object) -> SparseAutoencoder:
+    (spec,) = specs_of(SAEConfig(hooks=[HOOK], expansion=4, k=2, **config), {HOOK: 8})  # type: ignore[arg-type]
+    with initialize(ParallelLayout()) as context:
+        sae = ARCHITECTURES["topk"](spec, context)
+        draw_weights(sae, seed=0)
+    return sae
