@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from steerscale.activations.shape import data_of, language_model
 from steerscale.config import from_mapping
 from steerscale.data.dataset import inspect_data
 from steerscale.errors import ConfigError, DataError, LayoutError
+from steerscale.models.config import ModelConfig
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.rundir import CONFIG
 from steerscale.train.config import RunConfig, check_ramp_up, with_vocabulary
@@ -67,7 +68,12 @@ def _with_language_model(mapping: Mapping[str, Any]) -> dict[str, Any]:
     there = asdict(language_model(from_mapping(StreamConfig, mapping["stream"], at="stream")))
     given = mapping.get("model") or {}
     differing = [key for key, value in given.items() if value not in (None, "???", there.get(key)) and key in there]
-    if given.get("num_layers", "???") != "???" and differing:
+    if (
+        given.get("num_layers", "???") == "???"
+    ):  # no model was chosen, and only what has no default is the user's own word
+        needed = {field.name for field in fields(ModelConfig) if field.default is MISSING}
+        differing = [key for key in differing if given[key] != "???" and key in needed]
+    if differing:
         listed = ", ".join(f"model.{key}={given[key]} is not {there[key]}" for key in differing)
         raise ConfigError(
             f"stream.lm={stream.lm} is another model ({listed}): leave model out of an SAE run, it follows"

@@ -216,7 +216,7 @@ def _check_key(text: str, key: str, value: Any) -> str:
             raise ConfigError(unknown_key(".".join(path[: depth + 1]), part, dict.fromkeys(known)))
         hint = hints[part]
     cls = section(hint)
-    if cls is not None and not isinstance(value, dict) and value is not None:
+    if cls is not None and not isinstance(value, dict) and value is not None and not _holds(hint, list):
         names = [field.name for field in dataclasses.fields(cls)]
         raise ConfigError(
             f"{text}: {key} is a section, and there are no files to choose from; set its keys, e.g. {key}.{names[0]}=... "

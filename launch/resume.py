@@ -32,14 +32,15 @@ def check_same_model(config: RunConfig) -> None:
     there = (state or {}).get("model")
     if not isinstance(there, Mapping):
         return
-    at, now = "model", asdict(config.model)
+    at, now, keys = "model", asdict(config.model), list(there)
     if config.sae is not None:
         specs = specs_of(config.sae, dict.fromkeys(config.sae.all_hooks, config.model.d_model))
         at, now = "sae", {spec.name: spec.shape for spec in specs}
+        keys = list(dict.fromkeys([*there, *now]))  # one SAE more is another run as well
     differing = [
-        f"{at}.{key} was {_yaml(value)}, is {_yaml(now.get(key))}"
-        for key, value in there.items()
-        if now.get(key) != value and key not in FREE_MODEL_KEYS
+        f"{at}.{key} was {_yaml(there.get(key))}, is {_yaml(now.get(key))}"
+        for key in keys
+        if now.get(key) != there.get(key) and key not in FREE_MODEL_KEYS
     ]
     if differing:
         raise ConfigError(

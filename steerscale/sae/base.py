@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from steerscale.errors import LayoutError
 from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.megatron import ModelType, TransformerConfig, tensor_parallel
 from steerscale.parallel.select import Selection
@@ -73,8 +74,14 @@ class SparseAutoencoder(torch.nn.Module, ABC):
         Args:
             context: a world without pipeline; `parallel.context.stage_context`.
             dtype: of the encoder's product; everything else is float32.
+        Raises LayoutError if the tensor ranks do not divide the latents.
         """
         super().__init__()
+        if spec.width % context.layout.tensor:
+            raise LayoutError(
+                f"parallel.tensor must divide the latents: {context.layout.tensor} does not divide the {spec.width} of "
+                f"{spec.name}; change sae.width or sae.expansion"
+            )
         self.spec, self.context, self.compute_dtype = spec, context, dtype
         self.config = megatron_config(spec, context)
         self.model_type = ModelType.encoder_or_decoder

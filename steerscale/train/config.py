@@ -10,7 +10,7 @@ from steerscale.data.config import DataConfig
 from steerscale.engines.config import EngineConfig
 from steerscale.errors import ConfigError, LayoutError
 from steerscale.models.config import ModelConfig
-from steerscale.models.hook_points import hook_point
+from steerscale.models.hook_points import KINDS, hook_point
 from steerscale.optim import OptimConfig
 from steerscale.parallel.layout import ParallelConfig, ParallelLayout
 from steerscale.planning.cluster import ClusterConfig
@@ -206,7 +206,9 @@ def check_sae_layout(sae: SAEConfig, stream: StreamConfig, model: ModelConfig, l
         )
     if stream.lm_kind == "transformers":
         return  # its hook points are known once it is loaded
-    stages = {hook: hook_point(hook, model).layer * layout.pipeline // model.num_layers for hook in sae.all_hooks}
+    points = {hook: hook_point(hook, model) for hook in sae.all_hooks}
+    places = {hook: (point.layer, KINDS.index(point.kind)) for hook, point in points.items()}
+    stages = {hook: point.layer * layout.pipeline // model.num_layers for hook, point in points.items()}
     for spec in specs_of(sae, dict.fromkeys(sae.all_hooks, model.d_model)):
         if spec.width % layout.tensor:
             raise LayoutError(
@@ -217,6 +219,11 @@ def check_sae_layout(sae: SAEConfig, stream: StreamConfig, model: ModelConfig, l
             raise LayoutError(
                 f"the hook points of {spec.name} lie on several of the {layout.pipeline} pipeline stages: take another "
                 "parallel.pipeline, or hook points whose layers one stage holds"
+            )
+        if spec.is_transcoder and places[spec.outputs[0]] < places[spec.inputs[0]]:
+            raise ConfigError(
+                f"sae.targets: {spec.outputs[0]} comes before {spec.inputs[0]} in the model, and a transcoder computes what "
+                "comes after; exchange the two"
             )
 
 

@@ -2,6 +2,11 @@
 
 RUN = "data.path={good} train.steps=10"
 """What every run needs; a case adds what is wrong."""
+SAE_ALONE = "--config-name train_sae data.path={good} train.steps=200 parallel.micro_batch_size=64"
+ON_LM = f"{SAE_ALONE} stream.lm=other_run"
+SAE = f"{ON_LM} sae.hooks=[blocks.1.hook_resid_post]"
+"""What a run of SAEs needs, on a model of four layers of width 64."""
+FAR_APART = "sae.hooks=[blocks.0.hook_resid_post,blocks.3.hook_resid_post]"
 
 # (arguments, parts of the message). {name} is one of the datasets in conftest.py.
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -236,4 +241,83 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("train.bin has 100 bytes",),
     ),
     "dry run, vocabulary": (f"launcher=dry_run {RUN} model.vocab_size=10", ("model.vocab_size=10 is smaller",)),
+    # --- SAEs
+    "SAE without model": (
+        f"{SAE_ALONE} sae.hooks=[blocks.1.hook_resid_post]",
+        ("stream.lm must be set", "stream.lm=VALUE"),
+    ),
+    "SAE, model missing": (
+        f"{SAE_ALONE} stream.lm=nowhere sae.hooks=[blocks.1.hook_resid_post]",
+        ("stream.lm=", "nowhere is neither a run directory", "nor a Hugging Face model"),
+    ),
+    "SAE without hooks": (ON_LM, ("sae.hooks must be set",)),
+    "SAE without stream": (
+        f"{RUN} +sae.hooks=[blocks.1.hook_resid_post]",
+        ("sae and stream belong together", "--config-name train_sae", "stream.lm=PATH"),
+    ),
+    "SAE, hook unknown": (
+        f"{ON_LM} sae.hooks=[blocks.1.hook_resid]",
+        ("no hook point 'blocks.1.hook_resid'", "did you mean 'blocks.1.hook_resid_pre'?"),
+    ),
+    "SAE, layer unknown": (
+        f"{ON_LM} sae.hooks=[blocks.9.hook_mlp_out]",
+        ("'blocks.9.hook_mlp_out'", "blocks.0 to blocks.3"),
+    ),
+    "SAE, hook twice": (f"{ON_LM} sae.hooks=[a,a]", ("sae.hooks must differ",)),
+    "SAE preset unknown": (f"{SAE} sae=topk_32x", ("sae=topk_32x", "did you mean sae=topk_16x?")),
+    "SAE architecture": (
+        f"{SAE} sae.architecture=vanilla",
+        ("sae.architecture must be one of relu | gated", "'vanilla'"),
+    ),
+    "SAE, k": (f"{SAE} sae.width=64 sae.k=100", ("sae.k=100 must be at most the number of latents 64",)),
+    "SAE, k of a variant": (
+        f"{SAE} sae.variants=[{{{{k:8}}}},{{{{k:2000}}}}]",
+        ("sae.k=2000 must be at most the number of latents 1024",),
+    ),
+    "SAE variants alike": (f"{SAE} sae.variants=[{{{{k:8}}}},{{{{k:8}}}}]", ("sae.variants must differ",)),
+    "SAE, tensor": (
+        f"{SAE} sae.width=1001 parallel.tensor=2",
+        ("parallel.tensor must divide the latents", "2 does not divide the 1001", "sae.width or sae.expansion"),
+    ),
+    "SAE, lanes and replicas": (
+        f"{SAE} parallel.data=3",
+        ("parallel.data must divide stream.lanes", "3 does not divide 16"),
+    ),
+    "SAE, lanes and batch": (
+        f"{SAE} parallel.micro_batch_size=40",
+        ("stream.lanes must divide the global batch", "16 does not divide 40 vectors"),
+    ),
+    "crosscoder over stages": (
+        f"{ON_LM} {FAR_APART} sae.crosscoder=true parallel.pipeline=2",
+        ("blocks.0.hook_resid_post+blocks.3.hook_resid_post lie on several of the 2 pipeline stages",),
+    ),
+    "crosscoder alone": (f"{SAE} sae.crosscoder=true", ("sae.crosscoder=true needs several sae.hooks",)),
+    "transcoder over stages": (
+        f"{ON_LM} sae.hooks=[blocks.0.hook_mlp_out] sae.targets=[blocks.3.hook_mlp_out] parallel.pipeline=2",
+        ("lie on several of the 2 pipeline stages",),
+    ),
+    "transcoder backwards": (
+        f"{ON_LM} sae.hooks=[blocks.1.hook_mlp_out] sae.targets=[blocks.1.hook_resid_pre]",
+        ("sae.targets: blocks.1.hook_resid_pre comes before blocks.1.hook_mlp_out",),
+    ),
+    "transcoder, targets missing": (f"{ON_LM} {FAR_APART} sae.targets=[a]", ("one hook point for each", "1 for 2")),
+    "SAE, interleaved": (
+        f"{SAE} parallel.pipeline=2 parallel.virtual_pipeline=2 parallel.gradient_accumulation_steps=2",
+        ("parallel.virtual_pipeline=2", "leave it at 1"),
+    ),
+    "SAE, another model": (
+        f"{SAE} model=125m",
+        ("stream.lm=other_run is another model", "model.d_model=768 is not 64"),
+    ),
+    "SAE, model's width": (f"{SAE} model.d_model=128", ("stream.lm=other_run is another model", "128 is not 64")),
+    "SAE into another architecture's run": (
+        f"{SAE} run_dir=sae_run sae.architecture=jumprelu",
+        ("sae_run holds checkpoints of another model", "architecture: topk", "architecture: jumprelu"),
+    ),
+    "SAE into a narrower one's run": (f"{SAE} run_dir=sae_run sae.expansion=8", ("width: 1024", "width: 512")),
+    "one SAE more": (
+        f"{ON_LM} {FAR_APART.replace('0', '1', 1)} run_dir=sae_run",
+        ("sae.blocks.3.hook_resid_post was null",),
+    ),
+    "SAE into a GPT's run": (f"{SAE} run_dir=other_run", ("other_run holds checkpoints of another model",)),
 }

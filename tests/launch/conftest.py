@@ -79,6 +79,19 @@ def other_run(workplace: Path) -> Path:
     return make_run(workplace / "other_run", ["model.d_model=64", "model.vocab_size=1000", "seed=7"])
 
 
+@pytest.fixture
+def sae_run(workplace: Path, other_run: Path) -> Path:
+    """A run directory with a checkpoint of a TopK SAE on layer 1 of `other_run`."""
+    hook = "blocks.1.hook_resid_post"
+    shape = {"architecture": "topk", "inputs": [hook], "outputs": [hook], "width": 1024}
+    checkpoint = workplace / "sae_run" / "checkpoints" / "step_00000010"
+    checkpoint.mkdir(parents=True)
+    state = {"progress": {"step": 10}, "model": {hook: shape}}
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    (workplace / "sae_run" / "config.yaml").write_text("{}", encoding="utf-8")
+    return workplace / "sae_run"
+
+
 def make_run(run_dir: Path, overrides: list[str], *, step: int = 10) -> Path:
     """What a run of `overrides` leaves behind, without running it."""
     from dataclasses import asdict

@@ -15,7 +15,7 @@ from tests.launch.conftest import Refusal
 
 @pytest.mark.parametrize("case", CASES)
 def test_refuses_with_one_clear_line(
-    case: str, refusal: Refusal, datasets: dict[str, Path], workplace: Path, other_run: Path
+    case: str, refusal: Refusal, datasets: dict[str, Path], workplace: Path, other_run: Path, sae_run: Path
 ) -> None:
     (workplace / "a_file").write_text("mine", encoding="utf-8")
     (workplace / "notes").mkdir()
