@@ -56,7 +56,7 @@ def test_one_process_greedy_is_transformers(
         directory = tmp_path_factory.mktemp("hf") / name
         with initialize(ONE) as context:
             export_hf(build_random(model, context), context, directory)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         for prompt, tokens in zip(PROMPTS, expected[f"{name} greedy"]):
             output = theirs.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, pad_token_id=0)
             assert output[0, len(prompt) :].tolist() == tokens

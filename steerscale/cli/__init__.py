@@ -11,7 +11,19 @@ from collections.abc import Sequence
 
 from steerscale.errors import SteerscaleError
 
-COMMANDS = ("tokenizer", "data", "sample", "dashboard", "export", "plan", "sae", "status", "cancel", "resubmit")
+COMMANDS = (
+    "tokenizer",
+    "data",
+    "sample",
+    "steer",
+    "dashboard",
+    "export",
+    "plan",
+    "sae",
+    "status",
+    "cancel",
+    "resubmit",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

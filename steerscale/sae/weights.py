@@ -242,6 +242,11 @@ class SAEWeights:
             threshold=None if self.threshold is None else self.threshold * factors,
         )
 
+    def to(self, device: torch.device | str) -> "SAEWeights":
+        """The same on another device."""
+        tensors = {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, torch.Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
     def slice_latents(self, start: int, stop: int) -> "SAEWeights":
         """Latents [start, stop) of those here, as views. Raises ConfigError if they are not there."""
         if not 0 <= start < stop <= self.num_latents:

@@ -1,0 +1,262 @@
+"""Steering by latents: a delta that nothing cancels, equal on every layout; strength 0 is no steering."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from steerscale.cli import main
+from steerscale.errors import ConfigError
+from steerscale.interp.features import describe_latents
+from steerscale.interp.interventions import capture
+from steerscale.interp.steering import Edit, Effect, Steering, effect, held_out_loss
+from steerscale.interp.steering_plot import plot_effect
+from steerscale.language_model import LanguageModel
+from steerscale.models.hooks import HookFunction
+from steerscale.parallel.context import initialize
+from steerscale.parallel.layout import ParallelLayout
+from steerscale.rundir import create_run_dir
+from steerscale.sae.formats import write_sae
+from steerscale.sae.weights import SAEWeights
+from steerscale.testing.ranks import RankPool
+from tests.interp.saes import HOOK, perfect_sae, random_sae, silent_sae
+from tests.models.gpts import GPT2, build_random
+from tests.sae.training import language_model, sae_config, train_sae
+from tests.train.runs import train
+
+ATOL = 2e-5  # float32 logits of order 1 to 10
+ONE = ParallelLayout()
+LAYOUTS = {
+    "TP2": ParallelLayout(tensor=2),
+    "PP2": ParallelLayout(pipeline=2),
+    "TP2+SPxPP2": ParallelLayout(tensor=2, sequence=True, pipeline=2),
+}
+TOKENS = torch.randint(61, (3, 9), generator=torch.Generator().manual_seed(2))
+D = GPT2.d_model
+EDITS = [Edit(latent=3, value=4.0), Edit(latent=70, value=0.0, mode="scale"), Edit(latent=41, value=1.5, mode="add")]
+
+
+def model(context: object) -> LanguageModel:
+    return LanguageModel(build_random(GPT2, context), context)  # type: ignore[arg-type]
+
+
+def logits_of(lm: LanguageModel, functions: Mapping[str, HookFunction] | None = None) -> torch.Tensor:
+    """[B, S, V] of TOKENS, in one process."""
+    logits_BSV = lm.logits(TOKENS, functions)
+    assert logits_BSV is not None
+    return logits_BSV
+
+
+def edited(features: torch.Tensor) -> torch.Tensor:
+    """What EDITS make of all features, written out."""
+    features = features.clone()
+    features[..., 3] = 4.0
+    features[..., 70] = 0.0
+    features[..., 41] += 1.5
+    return features
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk", "jumprelu"])
+def test_delta_is_splicing_changed_latents_plus_the_error_term(architecture: str) -> None:
+    sae = random_sae(D, architecture)
+
+    def splice(x_BSM: torch.Tensor) -> torch.Tensor:
+        features = sae.encode(x_BSM)
+        error_BSM = x_BSM - sae.decode(features)
+        assert error_BSM.norm() > 0.5 * x_BSM.norm()
+        return sae.decode(edited(features)) + error_BSM
+
+    with initialize(ONE) as context:
+        lm = model(context)
+        spliced, plain = logits_of(lm, {HOOK: splice}), logits_of(lm)
+        steered = logits_of(lm, Steering(sae, EDITS).functions(lm))
+        half = Steering(sae, EDITS, strength=0.5)
+        x_BSM = capture(lm, TOKENS, [HOOK])[HOOK]
+    torch.testing.assert_close(steered, spliced, rtol=0, atol=ATOL)
+    assert float((steered - plain).abs().max()) > 0.1
+    torch.testing.assert_close(half.delta(x_BSM) * 2, Steering(sae, EDITS).delta(x_BSM))
+
+
+@pytest.mark.parametrize("make", [perfect_sae, silent_sae])
+def test_steering_works_whatever_the_sae_reconstructs(make: object) -> None:
+    sae: SAEWeights = make(D)  # type: ignore[operator]
+    with initialize(ONE) as context:
+        lm = model(context)
+        x_BSM = capture(lm, TOKENS, [HOOK])[HOOK]
+        functions = Steering(sae, [Edit(latent=5, value=9.0)]).functions(lm)
+        steered_BSM = capture(lm, TOKENS, [HOOK], functions)[HOOK]
+    assert torch.equal(steered_BSM[..., :5], x_BSM[..., :5])
+    own = x_BSM[..., 5].relu() if make is perfect_sae else torch.zeros_like(x_BSM[..., 5])
+    torch.testing.assert_close(steered_BSM[..., 5] - x_BSM[..., 5], 9.0 - own)
+
+
+def test_no_change_is_no_change_bit_by_bit() -> None:
+    sae = random_sae(D)
+    with initialize(ONE) as context:
+        lm = model(context)
+        plain = logits_of(lm)
+        assert torch.equal(logits_of(lm, Steering(sae, EDITS, strength=0.0).functions(lm)), plain)
+        same = [Edit(latent=3, value=1.0, mode="scale"), Edit(latent=9, value=0.0, mode="add")]
+        assert torch.equal(logits_of(lm, Steering(sae, same).functions(lm)), plain)
+        (function,) = Steering(sae, same).functions(lm).values()
+        zeros = torch.full((1, 2, D), -0.0)
+        assert torch.signbit(function(zeros.clone())).all()  # type: ignore[arg-type]
+        silent = [Edit(latent=3, value=9.0, where="active")]
+        assert torch.equal(logits_of(lm, Steering(silent_sae(D), silent).functions(lm)), plain)
+
+
+def test_special_tokens_are_spared_unless_asked_for() -> None:
+    edits = [Edit(latent=3, value=4.0)]
+    with initialize(ONE) as context:
+        lm = LanguageModel(build_random(GPT2, context), context, special_ids=frozenset({int(TOKENS[1, 4])}))
+        x_BSM = capture(lm, TOKENS, [HOOK])[HOOK]
+        moved = []
+        for spare in (True, False):
+            functions = Steering(random_sae(D), edits, spare_special=spare).functions(lm)
+            moved.append((capture(lm, TOKENS, [HOOK], functions)[HOOK] != x_BSM).any(dim=-1))
+    assert torch.equal(moved[0], TOKENS.ne(TOKENS[1, 4]))
+    assert moved[1].all()
+
+
+def steer(layout: ParallelLayout) -> dict[str, np.ndarray | float] | None:
+    """What steering does, where the logits are."""
+    with initialize(layout) as context:
+        lm = model(context)
+        found = {}
+        for architecture in ("relu", "topk"):
+            functions = Steering(random_sae(D, architecture), EDITS).functions(lm)
+            logits, told = lm.logits(TOKENS, functions), effect(lm, functions, TOKENS[0].tolist())
+            loss = held_out_loss(lm, functions, [TOKENS[:2], TOKENS[2:]])
+            if logits is not None and told is not None and loss is not None:
+                found[architecture] = logits.numpy()
+                found[f"{architecture} numbers"] = np.array([told.kl, loss.before, loss.after, loss.tokens])
+        return found or None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parity_steering(layout: str, pool: RankPool) -> None:
+    expected = steer(ONE)
+    ranks = pool.run(steer, LAYOUTS[layout], ranks=LAYOUTS[layout].world_size)
+    found = [rank for rank in ranks if rank is not None]
+    assert len(found) == LAYOUTS[layout].tensor
+    assert expected is not None
+    for rank in found:
+        for name, value in expected.items():
+            np.testing.assert_allclose(rank[name], value, rtol=0, atol=ATOL, err_msg=name)
+
+
+def test_effect_and_loss_are_what_they_say(tmp_path: Path) -> None:
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.75, 0.0])
+    one = Effect(before_V=p, after_V=q)
+    assert one.kl == pytest.approx(0.25 * np.log(0.5) + 0.75 * np.log(3))
+    assert [token for token, *_ in one.rows(2)] == [1, 0]
+    plot_effect(tmp_path / "effect.png", one, ["a", "$b", "c"], one.rows(3), title="x$")
+    assert (tmp_path / "effect.png").stat().st_size > 5000
+    with initialize(ONE) as context:
+        lm = model(context)
+        nothing = held_out_loss(lm, {}, [TOKENS])
+        losses_BS = torch.nn.functional.cross_entropy(logits_of(lm)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+    assert nothing is not None
+    assert nothing.before == nothing.after == pytest.approx(float(losses_BS), abs=1e-6)
+    assert nothing.tokens == 24
+
+
+def test_features_are_found_where_they_are_largest() -> None:
+    sae, tokens = random_sae(D), torch.randint(61, (6, 11), generator=torch.Generator().manual_seed(8))
+    with initialize(ONE) as context:
+        lm = LanguageModel(build_random(GPT2, context), context, special_ids=frozenset({int(tokens[0, 0])}))
+        features = describe_latents(lm, sae, [3, 90], [tokens[:4], tokens[4:]], num_contexts=3, width=2, num_tokens=4)
+        inputs = tokens[:, :-1]
+        values = sae.encode(capture(lm, inputs, [HOOK])[HOOK]) * (inputs != tokens[0, 0]).unsqueeze(-1)
+        lens = lm.unembed(lm.final_norm.weight * (sae.W_dec[90] - sae.W_dec[90].mean()) / 1.7)
+    for feature in features:
+        best = values[..., feature.latent].max(dim=1)
+        assert [context.value for context in feature.contexts] == pytest.approx(best.values.topk(3).values.tolist())
+        row = int(best.values.argmax())
+        top = feature.contexts[0]
+        assert top.tokens[top.at] == int(inputs[row, best.indices[row]])
+        active = values[..., feature.latent] > 0
+        assert feature.frequency == pytest.approx(float(active.sum() / (inputs != tokens[0, 0]).sum()))
+        assert feature.mean == pytest.approx(float(values[..., feature.latent][active].mean()), rel=1e-5)
+    assert [token for token, _ in features[1].promoted] == lens.topk(4).indices.tolist()
+    assert [token for token, _ in features[1].suppressed] == (-lens).topk(4).indices.tolist()
+
+
+def test_steering_refuses_what_it_cannot_do() -> None:
+    sae = random_sae(D)
+    for edits, wrong in (
+        ([], "at least one latent"),
+        ([Edit(latent=96, value=1.0)], "latent 96"),
+        ([EDITS[0]] * 2, "differ"),
+    ):
+        with pytest.raises(ConfigError, match=wrong):
+            Steering(sae, edits)
+    with pytest.raises(ConfigError, match="one hook point"):
+        Steering(replace(sae, subtract_b_dec=False, hook_out="blocks.1.hook_mlp_out"), EDITS)
+    with pytest.raises(ConfigError, match="does not say"):
+        Steering(replace(sae, hook=None), EDITS)
+    with initialize(ONE) as context:
+        lm = model(context)
+        with pytest.raises(ConfigError, match="width 8"):
+            Steering(random_sae(8), EDITS).functions(lm)
+        with pytest.raises(ConfigError, match=r"no hook point 'blocks\.9"):
+            logits_of(lm, Steering(sae, EDITS, hook="blocks.9.hook_resid_post").functions(lm))
+
+
+@pytest.fixture(scope="module")
+def sae_run(pool: RankPool, german_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of SAEs on a run of ours."""
+    directory = tmp_path_factory.mktemp("steer")
+    lm = language_model(german_data, directory / "lm")
+    pool.run(train, lm, ranks=1)
+    config = sae_config(lm, german_data, directory / "sae")
+    create_run_dir(Path(config.run_dir), config, command=["test"])
+    pool.run(train_sae, config, ranks=1)
+    return Path(config.run_dir)
+
+
+def test_steer_command_on_a_run_and_on_an_exported_sae(
+    sae_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "pictures" / "effect.png"
+    what = ["--latent", "5", "--target", "20", "--prompt", "Das Paket", "--max-tokens", "5", "--samples", "4"]
+    assert main(["steer", str(sae_run), *what, "-o", str(picture)]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0].startswith("'Das Paket': the next token, KL ")
+    assert float(lines[0].split()[-2]) > 0.01
+    assert lines[1].split() == ["token", "before", "after", "change"]
+    assert "without: Das Paket" in out
+    assert "steered: Das Paket" in out
+    assert lines[-1].startswith("loss on ")
+    assert picture.is_file()
+    exported = tmp_path / "saelens"
+    assert main(["sae", "convert", str(sae_run), str(exported)]) == 0
+    capsys.readouterr()
+    lm, data = sae_run.parent / "lm", lines[-1].split(" of ")[1].split(":")[0]
+    assert main(["steer", str(exported), *what, "--model", str(lm), "--text", data]) == 0
+    assert capsys.readouterr().out == out
+    assert main(["steer", str(sae_run), *what, "--strength", "0"]) == 0
+    assert "KL 0 nats" in capsys.readouterr().out
+
+
+def test_steer_command_says_what_is_missing(sae_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sae(random_sae(32), tmp_path / "sae")
+    for arguments, message in (
+        ([str(tmp_path / "sae"), "--latent", "1", "--target", "2"], "--model"),
+        ([str(sae_run), "--latent", "1", "--latent", "2", "--add", "2"], "a value for each"),
+        ([str(sae_run), "--latent", "128", "--scale", "0"], "latent 128"),
+    ):
+        assert main(["steer", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_features_command_shows_contexts(sae_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sae", "features", str(sae_run), "--latent", "5", "77", "--samples", "8", "--contexts", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("promoted:") == 2
+    assert out.startswith("latent 5: active on")
+    assert "[[" in out
