@@ -58,6 +58,11 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/tokenize.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/gpt_overhead.py
+	$(BIN)/python benchmarks/planner_accuracy.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/sae_step.py
+	$(BIN)/python benchmarks/sae_scaling.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/stream.py
+	$(BIN)/python benchmarks/dashboard.py
 
 # Regenerate docs/configuration.md from the dataclasses; `make check` tells when that is due.
 docs: setup
