@@ -19,6 +19,7 @@ COMMANDS = (
     "dashboard",
     "export",
     "plan",
+    "scaling",
     "sae",
     "status",
     "cancel",

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     from steerscale.planning.report import format_plan
 
     assumptions: list[str] = []
-    model = _model(args, assumptions)
+    model = load_model(args.model, assumptions=assumptions, seq_len=args.seq_len, vocab_size=args.vocab_size)
     precision = args.precision or "bf16"
     task = Task(
         model=model,
@@ -137,25 +137,31 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _model(args: argparse.Namespace, assumptions: list[str]) -> "ModelConfig":
+def load_model(
+    name: str,
+    *,
+    assumptions: list[str],
+    seq_len: int | None = None,
+    vocab_size: int | None = None,
+    option: str = "--model",
+) -> "ModelConfig":
+    """The model of a size of configs/model, a YAML file of model keys, or a run's config.yaml; `option` is who asks for it."""
     from steerscale.config import from_mapping, load_yaml
     from steerscale.models.config import ModelConfig
 
-    path = Path(args.model)
-    if not args.model.endswith((".yaml", ".yml")):
-        path = MODELS / f"{args.model}.yaml"
+    path = Path(name)
+    if not name.endswith((".yaml", ".yml")):
+        path = MODELS / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in MODELS.glob("*.yaml")))
-        raise ConfigError(
-            f"--model {args.model}: {path} does not exist; name a file, or a size: {known or 'none found'}"
-        )
+        raise ConfigError(f"{option} {name}: {path} does not exist; name a file, or a size: {known or 'none found'}")
     content = load_yaml(path)
     if isinstance(content.get("model"), dict):
         content = content["model"]
-    if args.seq_len is not None:
-        content["seq_len"] = args.seq_len
-    if args.vocab_size is not None:
-        content["vocab_size"] = args.vocab_size
+    if seq_len is not None:
+        content["seq_len"] = seq_len
+    if vocab_size is not None:
+        content["vocab_size"] = vocab_size
     elif content.get("vocab_size") is None:
         content["vocab_size"] = VOCABULARY
         assumptions.append(f"a vocabulary of {VOCABULARY:,} tokens (--vocab-size)")
