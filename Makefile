@@ -63,6 +63,7 @@ bench: setup
 	$(BIN)/python benchmarks/sae_scaling.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/stream.py
 	$(BIN)/python benchmarks/dashboard.py
+	$(BIN)/python benchmarks/scaling_fit.py
 
 # Regenerate docs/configuration.md from the dataclasses; `make check` tells when that is due.
 docs: setup
