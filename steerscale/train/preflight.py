@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.cuda import nccl
 
 from steerscale.accelerators import find_accelerators
 from steerscale.errors import LaunchError
@@ -194,7 +195,7 @@ def _versions(device: torch.device) -> dict[str, str]:
     versions = {"torch": torch.__version__, "megatron-core": metadata.version("megatron-core")}
     if device.type == "cuda":
         versions["CUDA"] = str(torch.version.cuda)
-        versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        versions["NCCL"] = ".".join(map(str, nccl.version()))
     return versions
 
 

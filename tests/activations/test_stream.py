@@ -277,7 +277,11 @@ REFUSED: dict[str, tuple[dict, type[Exception], str]] = {
         ConfigError,
         r"stream\.buffer_gib=1e-06 holds less than a sequence.*at least 4\.57",
     ),
-    "too large": ({"buffer_gib": 1e6, "buffer_vectors": 2**50}, ConfigError, r"needs 10\d{5}\.\d+ GiB on .*lower stream\.buffer_gib"),
+    "too large": (
+        {"buffer_gib": 1e6, "buffer_vectors": 2**50},
+        ConfigError,
+        r"needs 10\d{5}\.\d+ GiB on .*lower stream\.buffer_gib",
+    ),
     "drop_first": ({"drop_first": 32}, ConfigError, r"stream\.drop_first=32 leaves nothing of sequences of 32"),
 }
 

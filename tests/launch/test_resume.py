@@ -100,7 +100,7 @@ def test_the_newest_checkpoint_counts(run_dir: Path, german_data: Path) -> None:
 def test_launch_prints_warnings_before_it_starts(
     run_dir: Path, german_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("launch.local.run_local", lambda config: 0)
+    monkeypatch.setattr("launch.local.run_local", lambda config, **options: 0)
     arguments = [f"run_dir={run_dir}", f"data.path={german_data}", "train.steps=100", *SHAPE, "seed=7"]
     assert launch.train.main(arguments) == 0
     printed = capsys.readouterr()
