@@ -55,6 +55,8 @@ class LanguageModel:
         self._link = StageLink(context)
         self.tokens_BS: torch.Tensor | None = None
         """Tokens of the forward pass that runs, for hook functions that ask what they act on."""
+        self.positions_BS: torch.Tensor | None = None
+        """And their positions, if they are not 0 .. S-1."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -158,7 +160,7 @@ class LanguageModel:
         labels_BS: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         chunk, layout = self.chunks[0].eval(), self.context.layout
-        self.tokens_BS, real = tokens_BS, tokens_BS.shape[1]
+        self.tokens_BS, self.positions_BS, real = tokens_BS, positions_BS, tokens_BS.shape[1]
         tokens_BS = self._padded(tokens_BS)
         size, length = tokens_BS.shape
         if length > real:
@@ -171,7 +173,7 @@ class LanguageModel:
                 output = chunk(tokens_BS, positions_BS, labels_BS=labels_BS)
         finally:
             chunk.set_input_tensor(None)
-            self.tokens_BS = None
+            self.tokens_BS = self.positions_BS = None
         if self.context.is_last_stage:
             return output
         self._link.send(output)

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
             args.latent,
             sequences_of(lm, source.text, samples=args.samples),
             hook=source.hook,
+            spare_special=source.spare_special,
+            spare_first=source.spare_first,
             num_contexts=args.contexts,
             num_tokens=args.top_tokens,
         )

@@ -22,6 +22,10 @@ class SAESource:
     """Of the language model, if it is a run and not to be its newest."""
     text: Path | None
     """A dataset or text file."""
+    spare_special: bool
+    """Whether it knows nothing of begin, end, padding and unknown tokens."""
+    spare_first: int
+    """First positions that it knows nothing of."""
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +42,15 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--hook", metavar="HOOK", help="where the SAE belongs (default: where it says)")
     parser.add_argument(
+        "--spare-first",
+        type=int,
+        metavar="N",
+        help="leave out N first positions, on which the SAE was not trained (default: the run's stream.drop_first, or 0)",
+    )
+    parser.add_argument(
+        "--all-tokens", action="store_true", help="do not leave out begin, end, padding and unknown tokens"
+    )
+    parser.add_argument(
         "--text", type=Path, metavar="PATH", help="dataset or text file to read (default: the run's held-out split)"
     )
 
@@ -51,10 +64,12 @@ def read_source(args: argparse.Namespace) -> SAESource:
     from steerscale.sae.trained import read_trained
     from steerscale.train.config import RunConfig
 
-    lm, checkpoint, text = args.model, None, args.text
+    lm, checkpoint, text, spare_special, spare_first = args.model, None, args.text, True, 0
     if (args.source / CONFIG).is_file():
         config = from_mapping(RunConfig, read_config(args.source))
         sae = read_trained(newest_checkpoint(args.source), args.sae)
+        if config.stream is not None:
+            spare_special, spare_first = config.stream.drop_special, config.stream.drop_first
         if config.stream is not None and lm is None:
             lm = Path(config.stream.lm)
             checkpoint = None if config.stream.checkpoint is None else Path(config.stream.checkpoint)
@@ -70,4 +85,12 @@ def read_source(args: argparse.Namespace) -> SAESource:
     hook = args.hook or sae.hook
     if hook is None:
         raise ConfigError(f"{args.source} does not say which hook point it belongs to: name it with --hook")
-    return SAESource(sae=sae, hook=hook, lm=lm, checkpoint=checkpoint, text=text)
+    return SAESource(
+        sae=sae,
+        hook=hook,
+        lm=lm,
+        checkpoint=checkpoint,
+        text=text,
+        spare_special=spare_special and not args.all_tokens,
+        spare_first=spare_first if args.spare_first is None else args.spare_first,
+    )

@@ -37,9 +37,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--strength", type=float, default=1.0, metavar="X", help="factor of the whole change (default: %(default)s)"
     )
-    parser.add_argument(
-        "--all-tokens", action="store_true", help="steer begin, end, padding and unknown tokens as well"
-    )
     add_prompt_arguments(parser, temperature=0.0, top_p=1.0)
     parser.add_argument("--top-tokens", type=int, default=10, metavar="N", help="in the table (default: %(default)s)")
     parser.add_argument(
@@ -68,7 +65,12 @@ def run(args: argparse.Namespace) -> None:
     with initialize(layout_of(args)) as context:
         lm = load_language_model(source.lm, context, checkpoint=source.checkpoint)
         steering = Steering(
-            source.sae, edits, strength=args.strength, hook=source.hook, spare_special=not args.all_tokens
+            source.sae,
+            edits,
+            strength=args.strength,
+            hook=source.hook,
+            spare_special=source.spare_special,
+            spare_first=source.spare_first,
         )
         for index, prompt in enumerate(args.prompt or [""]):
             _show_prompt(lm, steering, prompt, args, sampling, picture=args.output if index == 0 else None)

@@ -57,13 +57,15 @@ def describe_latents(
     sequences: Iterable[torch.Tensor],
     *,
     hook: str | None = None,
+    spare_special: bool = True,
+    spare_first: int = 0,
     num_contexts: int = 5,
     width: int = 12,
     num_tokens: int = 8,
 ) -> list[Feature]:
     """Read `sequences` (int64 [B, S + 1]) and describe each latent; no pipeline.
 
-    Begin, end, padding and unknown tokens do not count. `width`: tokens of a context on either side.
+    Tokens that steering would spare do not count. `width`: tokens of a context on either side.
     Raises LayoutError under a pipeline; ConfigError as `Steering` does.
     """
     if lm.context.layout.pipeline > 1:
@@ -71,15 +73,15 @@ def describe_latents(
             f"parallel.pipeline must be 1 to look at latents, it is {lm.context.layout.pipeline}: their tops are kept "
             "where the activations are, the unembedding is on the last stage"
         )
-    steering = Steering(sae, [Edit(latent=latent, value=0.0) for latent in latents], hook=hook)
+    edits = [Edit(latent=latent, value=0.0) for latent in latents]
+    steering = Steering(sae, edits, hook=hook, spare_special=spare_special, spare_first=spare_first)
     features = [Feature(latent=latent) for latent in latents]
     heaps: list[list[tuple[float, int, Context]]] = [[] for _ in latents]
-    special = torch.tensor(sorted(lm.special_ids), dtype=torch.int64, device=lm.context.device)
     active_J, total_J, tokens, number = torch.zeros(len(latents)), torch.zeros(len(latents)), 0, 0
     for batch_BT in sequences:
         tokens_BS = batch_BT[:, :-1].contiguous()
         x_BSM = capture(lm, tokens_BS, [steering.hook])[steering.hook]
-        counts_BS = ~torch.isin(tokens_BS, special)
+        counts_BS = steering.acts(lm, tokens_BS)
         values_BSJ = (steering.values(x_BSM) * counts_BS.unsqueeze(-1)).float().cpu()
         active_J += (values_BSJ > 0).sum(dim=(0, 1))
         total_J += values_BSJ.sum(dim=(0, 1))

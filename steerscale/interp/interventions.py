@@ -14,15 +14,16 @@ Shapes: B sequences, S sequence, M d_model, V vocabulary, K directions.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from steerscale.config import require
 from steerscale.language_model import LanguageModel
-from steerscale.models.hook_points import hook_point
+from steerscale.models.hook_points import KINDS, hook_point
 from steerscale.models.hooks import HookFunction, hooked
-from steerscale.models.hooks import capture as capture_during
 
 Positions = slice | Sequence[int] | torch.Tensor | None
 
@@ -35,12 +36,26 @@ def capture(
 ) -> dict[str, torch.Tensor]:
     """Activations [B, S, M] at these hook points, whole on every rank of the stage that has them, absent on others.
 
-    `functions` act in the same pass: at one point, capture sees what they returned.
+    `functions` act in the same pass: at one point, capture sees what they returned. Without a pipeline the pass ends at the
+    last of the points.
     """
-    with hooked(lm.chunks, functions or {}), capture_during(lm.chunks, names) as found:
-        lm.logits(tokens_BS, at_B=torch.zeros_like(tokens_BS[:, 0]))
+    points = {name: hook_point(name, lm.model) for name in names}
+    last = max(names, key=lambda name: (points[name].layer, KINDS.index(points[name].kind)))
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, x_BSM: torch.Tensor) -> None:
+        found[name] = x_BSM
+        if name == last and lm.context.layout.pipeline == 1:
+            raise _Enough
+
+    with hooked(lm.chunks, functions or {}), suppress(_Enough):
+        lm.logits(tokens_BS, {name: partial(keep, name) for name in names}, at_B=torch.zeros_like(tokens_BS[:, 0]))
     lm.close()
-    return {name: x_BSM[:, : tokens_BS.shape[1]] for name, x_BSM in found.items()}
+    return found
+
+
+class _Enough(Exception):
+    """Not an error: it ends a forward pass."""
 
 
 def patch(replacement: torch.Tensor, positions: Positions = None) -> HookFunction:

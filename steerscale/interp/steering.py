@@ -64,13 +64,16 @@ class Steering:
         strength: float = 1.0,
         hook: str | None = None,
         spare_special: bool = True,
+        spare_first: int = 0,
     ) -> None:
         """Every rank has the whole SAE: selection of a TopK SAE needs all latents, the other kinds compute the edited only.
 
         Args:
             strength: factor of the delta; 0 changes nothing, bit by bit.
             hook: where the SAE belongs; None: where it says.
-            spare_special: leave begin, end, padding and unknown tokens as they are; no SAE has been trained on them.
+            spare_special: leave begin, end, padding and unknown tokens as they are.
+            spare_first: leave so many first positions as they are. Both are what `stream.drop_special` and `stream.drop_first`
+                keep from an SAE: activations there are outliers, and what it says about them means nothing.
         Raises:
             ConfigError: not an autoencoder of one hook, no hook known, no edits, or latents it has not.
         """
@@ -89,7 +92,8 @@ class Steering:
         latents = [edit.latent for edit in edits]
         require(len(set(latents)) == len(latents), f"latents must differ, got {', '.join(map(str, latents))}")
         self.hook: str = hook or sae.hook or ""
-        self.edits, self.strength, self._spare_special = list(edits), strength, spare_special
+        self.edits, self.strength = list(edits), strength
+        self._spare_special, self._spare_first = spare_special, spare_first
         scale = sae.input_scale if sae.output_scale is None else sae.output_scale
         self.directions_EM = sae.W_dec[latents] / scale
         self._whole = sae if sae.architecture == "topk" else None
@@ -107,6 +111,18 @@ class Steering:
         change = torch.stack([edit.change(f[..., index]) for index, edit in enumerate(self.edits)], dim=-1)
         return self.strength * change @ self.directions_EM
 
+    def acts(
+        self, lm: LanguageModel, tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """bool [B, S]: which tokens are not spared. `positions_BS`: None for 0 .. S-1."""
+        if positions_BS is None:
+            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+        acts_BS = positions_BS >= self._spare_first
+        if self._spare_special:
+            special = torch.tensor(sorted(lm.special_ids), dtype=torch.int64, device=tokens_BS.device)
+            acts_BS &= ~torch.isin(tokens_BS, special)
+        return acts_BS
+
     def functions(self, lm: LanguageModel) -> dict[str, HookFunction]:
         """For everything of `lm` that takes functions by hook point. Raises ConfigError if the SAE's width is another."""
         width = self.directions_EM.shape[1]
@@ -120,9 +136,8 @@ class Steering:
         self._to(x_BSM.device)
         delta_BSM = self.delta(x_BSM)
         acts_BS1 = (delta_BSM != 0).any(dim=-1, keepdim=True)  # adding zero would turn -0 into 0
-        if self._spare_special and lm.special_ids and lm.tokens_BS is not None:
-            special = torch.tensor(sorted(lm.special_ids), device=lm.tokens_BS.device)
-            acts_BS1 &= ~torch.isin(lm.tokens_BS, special).unsqueeze(-1)
+        if lm.tokens_BS is not None:
+            acts_BS1 &= self.acts(lm, lm.tokens_BS, lm.positions_BS).unsqueeze(-1)
         return torch.where(acts_BS1, (x_BSM + delta_BSM).to(x_BSM.dtype), x_BSM)
 
     def _to(self, device: torch.device) -> None:

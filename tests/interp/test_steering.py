@@ -10,6 +10,7 @@ import torch
 
 from steerscale.cli import main
 from steerscale.errors import ConfigError
+from steerscale.generation import generate
 from steerscale.interp.features import describe_latents
 from steerscale.interp.interventions import capture
 from steerscale.interp.steering import Edit, Effect, Steering, effect, held_out_loss
@@ -21,6 +22,7 @@ from steerscale.parallel.layout import ParallelLayout
 from steerscale.rundir import create_run_dir
 from steerscale.sae.formats import write_sae
 from steerscale.sae.weights import SAEWeights
+from steerscale.sampling import GREEDY
 from steerscale.testing.ranks import RankPool
 from tests.interp.saes import HOOK, perfect_sae, random_sae, silent_sae
 from tests.models.gpts import GPT2, build_random
@@ -108,7 +110,7 @@ def test_no_change_is_no_change_bit_by_bit() -> None:
         assert torch.equal(logits_of(lm, Steering(silent_sae(D), silent).functions(lm)), plain)
 
 
-def test_special_tokens_are_spared_unless_asked_for() -> None:
+def test_special_tokens_and_first_positions_are_spared_unless_asked_for() -> None:
     edits = [Edit(latent=3, value=4.0)]
     with initialize(ONE) as context:
         lm = LanguageModel(build_random(GPT2, context), context, special_ids=frozenset({int(TOKENS[1, 4])}))
@@ -117,8 +119,18 @@ def test_special_tokens_are_spared_unless_asked_for() -> None:
         for spare in (True, False):
             functions = Steering(random_sae(D), edits, spare_special=spare).functions(lm)
             moved.append((capture(lm, TOKENS, [HOOK], functions)[HOOK] != x_BSM).any(dim=-1))
-    assert torch.equal(moved[0], TOKENS.ne(TOKENS[1, 4]))
+        first = Steering(random_sae(D), edits, spare_first=3).functions(lm)
+        moved.append((capture(lm, TOKENS, [HOOK], first)[HOOK] != x_BSM).any(dim=-1))
+        # New tokens come alone, but they are no first ones.
+        cached, anew = (
+            generate(lm, [[5], [1, 2, 3, 4]], GREEDY, max_tokens=8, functions=first, cache=cache)
+            for cache in (True, False)
+        )
+    ordinary = TOKENS.ne(TOKENS[1, 4])
+    assert torch.equal(moved[0], ordinary)
     assert moved[1].all()
+    assert torch.equal(moved[2], ordinary & (torch.arange(9) >= 3))
+    assert [result.tokens for result in cached] == [result.tokens for result in anew]
 
 
 def steer(layout: ParallelLayout) -> dict[str, np.ndarray | float] | None:
