@@ -85,6 +85,10 @@ class SAEWeights:
         self._check_shapes()
         if self.input_scale <= 0 or (self.output_scale is not None and self.output_scale <= 0):
             raise ConfigError(f"SAE scales must be positive, got {self.input_scale} and {self.output_scale}")
+        if self.subtract_b_dec and self.output_scale not in (None, self.input_scale):
+            raise ConfigError(
+                f"subtract_b_dec=True needs one scale for input and output, got {self.input_scale} and {self.output_scale}"
+            )
         if self.subtract_b_dec and (self.hook_out is not None or self.d_in != self.d_out):
             raise ConfigError(
                 "subtract_b_dec=True needs b_dec to be of the input, which a transcoder's is not: set False"
