@@ -22,8 +22,7 @@ def random_sae(width: int, architecture: str = "relu", *, latents: int = 96, hoo
         b_enc=draw(latents),
         threshold=draw(latents).abs() if architecture == "jumprelu" else None,
         k=12 if architecture == "topk" else None,
-        input_scale=0.8,
-        output_scale=1.7,
+        input_scale=1.7,
         hook=hook,
     )
 
