@@ -121,10 +121,14 @@ def test_interrupt_leaves_nothing(tokenizer_directory, tmp_path):
     # Ctrl-C in a terminal signals the command and its workers alike.
     script = "import sys; from steerscale.cli import main; sys.exit(main())"
     file = tmp_path / "text.txt"
-    file.write_text("\n".join(TEXTS) * 40_000)
+    file.write_text("\n".join(TEXTS) * 4_000)
     arguments = ["data", "prepare", str(file), "--tokenizer", str(tokenizer_directory), "-o", str(tmp_path / "out")]
     process = subprocess.Popen(
-        [sys.executable, "-c", script, *arguments, "--workers", "2"], stderr=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", script, *arguments, "--workers", "2"],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # Shells start what runs in the background with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not list(tmp_path.glob(".out.*/train.bin")) and process.poll() is None:
         time.sleep(0.01)
