@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -49,7 +49,6 @@ __all__ = [
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "clip_grad_by_total_norm_fp32",
-    "dist_checkpointing",
     "finalize_model_grads",
     "forward_backward_no_pipelining",
     "gathered_within",

@@ -49,3 +49,21 @@ def gpt3(num_layers: int, d_model: int, *, dropout: float = 0.0) -> ModelConfig:
         dropout=dropout,
         attention_dropout=dropout,
     )
+
+
+LEAST_RECOMPUTATION: list[tuple[int, int, str | None]] = [
+    (1, 1, None),
+    (1, 2, "full"),
+    (1, 4, "selective"),
+    (1, 8, "selective"),
+    (2, 1, "selective"),
+    (2, 2, "selective"),
+    (2, 4, "selective"),
+    (4, 1, "none"),
+    (4, 2, "none"),
+    (4, 4, "none"),
+    (8, 1, "none"),
+    (8, 2, "none"),
+    (16, 1, "none"),
+]
+"""(tensor, pipeline, least recomputation): GPT-3 6.7B on 16 GPUs of 40 GB, ZeRO-1, MBS 2, GAS 128; None: none is enough."""

@@ -8,7 +8,7 @@ from steerscale.planning.flops import Recompute
 from steerscale.planning.layouts import Planned, Search, Task, plan_layouts, plan_one
 from steerscale.planning.machine import machine_of
 from steerscale.planning.memory import GIB
-from tests.planning.shapes import gpt3
+from tests.planning.shapes import LEAST_RECOMPUTATION, gpt3
 
 SMALL = Task(model=gpt3(24, 2048), global_batch_size=64, gpus=8, machine=machine_of("a100-sxm-40gb"))
 
@@ -152,24 +152,7 @@ def test_task_refuses_nothing_to_do(key: str) -> None:
         replace(SMALL, **{key: 0})
 
 
-@pytest.mark.parametrize(
-    ("tensor", "pipeline", "least"),
-    [
-        (1, 1, None),
-        (1, 2, "full"),
-        (1, 4, "selective"),
-        (1, 8, "selective"),
-        (2, 1, "selective"),
-        (2, 2, "selective"),
-        (2, 4, "selective"),
-        (4, 1, "none"),
-        (4, 2, "none"),
-        (4, 4, "none"),
-        (8, 1, "none"),
-        (8, 2, "none"),
-        (16, 1, "none"),
-    ],
-)
+@pytest.mark.parametrize(("tensor", "pipeline", "least"), LEAST_RECOMPUTATION)
 def test_6_7b_on_16_gpus_of_40_gb_needs_this_much_recomputation(tensor: int, pipeline: int, least: str | None) -> None:
     # facts of the talk's case: ZeRO-1, MBS 2, GAS 128, scores stored, buffers and the device's own share counted as well
     data = 16 // (tensor * pipeline)

@@ -18,7 +18,7 @@ from steerscale.planning.memory import (
     shard_parameters,
     unique_parameters,
 )
-from tests.planning.shapes import GELU, SWIGLU, TEUKEN_LIKE, gpt3
+from tests.planning.shapes import GELU, LEAST_RECOMPUTATION, SWIGLU, TEUKEN_LIKE, gpt3
 
 SIX_BILLION = gpt3(32, 4096, dropout=0.1)
 
@@ -274,24 +274,7 @@ def test_6_7b_on_one_40_gb_gpu_has_too_much_state() -> None:
     assert state / GIB == pytest.approx(41.9, abs=0.05)
 
 
-@pytest.mark.parametrize(
-    ("tensor", "pipeline", "least"),
-    [
-        (1, 1, None),
-        (1, 2, "full"),
-        (1, 4, "selective"),
-        (1, 8, "selective"),
-        (2, 1, "selective"),
-        (2, 2, "selective"),
-        (2, 4, "selective"),
-        (4, 1, "none"),
-        (4, 2, "none"),
-        (4, 4, "none"),
-        (8, 1, "none"),
-        (8, 2, "none"),
-        (16, 1, "none"),
-    ],
-)
+@pytest.mark.parametrize(("tensor", "pipeline", "least"), LEAST_RECOMPUTATION)
 def test_6_7b_layouts_on_40_gb_need_this_much_recomputation(tensor: int, pipeline: int, least: str | None) -> None:
     usable_gib = 36
     modes: tuple[Recompute, ...] = ("none", "selective", "full")
