@@ -23,6 +23,9 @@ from steerscale.planning.memory import estimate_memory
 from steerscale.rundir import CONFIG
 from steerscale.train.config import RunConfig
 
+POINT = "point"
+"""Among a point's values, the name that it has in sweep.points."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
@@ -87,19 +90,25 @@ def _compose(request: SweepRequest, *, config_name: str) -> list[_Draft]:
     keys = [line.split("=", 1)[0].lstrip("+") for line in jobs[0]]
     swept = [place for place, values in enumerate(zip(*jobs)) if len(set(values)) > 1 or keys[place] in request.listed]
     drafts = []
-    for job in jobs:
-        values = {keys[place]: job[place].split("=", 1)[1] for place in swept}
+    for name, together, job in ((name, lines, job) for name, lines in request.points.items() for job in jobs):
+        values = {POINT: name} if name else {}
+        values |= {keys[place]: job[place].split("=", 1)[1] for place in swept}
+        job = [*together, *job]
         draft = _Draft(values=values, mapping={})
         try:
             draft.mapping = compose_config(job, config_name=config_name)
         except SteerscaleError as error:
             raise type(error)(_labelled(draft.label, str(error))) from error
         gpus = request.settings.gpus
-        if gpus is not None and (data := _fill(draft, gpus, given="parallel.data" in keys)) is not None:
+        if gpus is not None and (data := _fill(draft, gpus, given=_sets(job, "parallel.data"))) is not None:
             # Once more, for names that refer to it.
             draft.mapping = compose_config([*job, f"parallel.data={data}"], config_name=config_name)
         drafts.append(draft)
     return drafts
+
+
+def _sets(lines: Sequence[str], key: str) -> bool:
+    return any(line.lstrip("+").startswith(f"{key}=") for line in lines)
 
 
 def _fill(draft: _Draft, gpus: int, *, given: bool) -> int | None:
@@ -159,6 +168,8 @@ def _shortened(key: str) -> str:
 
 
 def _tag(key: str, value: str) -> str:
+    if key == POINT:
+        return value
     text = "".join(char if char.isalnum() or char in ".-+" else "-" for char in value.strip("'\""))
     return f"{key}{text}" if text[:1].isdigit() else f"{key}-{text}"
 

@@ -13,6 +13,7 @@ from steerscale.config import from_mapping, load_yaml, require
 from steerscale.errors import ConfigError
 
 PREFIX = "sweep."
+POINTS = "sweep.points"
 _PLAIN = re.compile(r"[A-Za-z0-9_.+-]+")
 
 
@@ -53,7 +54,9 @@ class SweepRequest(NamedTuple):
     lines: list[str]
     """Overrides of the points, those of a file first."""
     listed: set[str]
-    """Keys that the file lists, swept even where the command line leaves one value of them."""
+    """Keys that the file lists, swept even where the command line leaves one value of them, and so sweep.points."""
+    points: Mapping[str, list[str]]
+    """Overrides that belong together, by name (sweep.points of the file); one without a name where there are none."""
 
 
 def is_about_sweeps(key: str) -> bool:
@@ -67,19 +70,40 @@ def read_request(overrides: Sequence[str]) -> SweepRequest:
     own = {override.key_or_group: override for override in parsed if is_about_sweeps(override.key_or_group)}
     lines = [str(o.input_line) for o in parsed if not is_about_sweeps(o.key_or_group)]
     for override in own.values():
+        if override.key_or_group == POINTS:
+            raise ConfigError(f"{override.input_line}: named points stand in a file, sweep=FILE.yaml")
         if override.is_sweep_override():
             raise ConfigError(f"{override.input_line}: what concerns the whole sweep cannot be swept, give one value")
     content = _read_file(own.pop("sweep")) if "sweep" in own else {}
+    given = {override.key_or_group for override in parsed}
+    named = _named(content.pop(POINTS, None), given=given)
     settings = {key.removeprefix(PREFIX): value for key, value in content.items() if key.startswith(PREFIX)}
     settings |= {key.removeprefix(PREFIX): override.value() for key, override in own.items()}
-    given = {override.key_or_group for override in parsed}
     points = {key: value for key, value in content.items() if not key.startswith(PREFIX)}
     from_file = [_line(key, value) for key, value in points.items() if key not in given]
-    listed = {key for key, value in points.items() if isinstance(value, list)}
-    return SweepRequest(from_mapping(SweepConfig, settings, at="sweep"), [*from_file, *lines], listed)
+    listed = {key for key, value in points.items() if isinstance(value, list)} | {POINTS for name in named if name}
+    return SweepRequest(from_mapping(SweepConfig, settings, at="sweep"), [*from_file, *lines], listed, named)
 
 
-def _read_file(override: Override) -> Mapping[str, Any]:
+def _named(content: Any, *, given: set[str]) -> dict[str, list[str]]:
+    """Overrides of each named point, but for keys that the command line gives."""
+    if content is None:
+        return {"": []}
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"{POINTS} must have names with keys below them, like small: {{model.d_model: 64}}")
+    points = {}
+    for name, values in content.items():
+        if not (_PLAIN.fullmatch(str(name)) and str(name)[0].isalnum()):
+            raise ConfigError(f"{POINTS}: {name!r} becomes a directory's name: use letters, digits and any of _ . + -")
+        if not isinstance(values, dict) or any(isinstance(value, (dict, list)) for value in values.values()):
+            raise ConfigError(
+                f"{POINTS}: {name} must have keys with their dots and one value each, like model.d_model: 64"
+            )
+        points[str(name)] = [_line(key, value) for key, value in values.items() if key not in given]
+    return points
+
+
+def _read_file(override: Override) -> dict[str, Any]:
     value = str(override.value())
     path = Path(value) if value.endswith((".yaml", ".yml")) else CONFIGS / "sweep" / f"{value}.yaml"
     if not path.is_file():
@@ -89,11 +113,11 @@ def _read_file(override: Override) -> Mapping[str, Any]:
         )
     content = load_yaml(path)
     for key, value in content.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key != POINTS:
             raise ConfigError(f"{path}: {key} must be written with its dots, like parallel.tensor: [1, 2]")
         if key == "sweep":
             raise ConfigError(f"{path}: a file of a sweep cannot name another one")
-    return content
+    return dict(content)
 
 
 def _line(key: str, value: Any) -> str:

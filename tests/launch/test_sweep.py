@@ -259,6 +259,57 @@ def test_files_list_what_to_vary(here: Path, german_data: Path) -> None:
         plan_sweep(["sweep=mine.yaml", *needed], config_name="train")
 
 
+POINTS = """
+name: rungs
+optim.warmup_steps: 0
+sweep.points:
+  small: {model.d_model: 32, optim.lr: 0.01, train.steps: 4}
+  large: {model.d_model: 64, optim.lr: 0.005, train.steps: 8}
+"""
+
+
+def test_named_points_set_keys_that_belong_together(here: Path, german_data: Path) -> None:
+    file, data = here / "rungs.yaml", f"data.path={german_data}"
+    file.write_text(POINTS, encoding="utf-8")
+    planned = plan_sweep(["sweep=rungs.yaml", data, "optim.lr=0.02", "seed=1,2"], config_name="train")
+    assert planned.directory == here / "runs" / "rungs"
+    assert [point.entry.run_dir for point in planned.points] == [
+        "small_seed1",
+        "small_seed2",
+        "large_seed1",
+        "large_seed2",
+    ]
+    configs = [point.config for point in planned.points if point.config is not None]
+    assert [(one.model.d_model, one.train.steps, one.seed) for one in configs] == [
+        (32, 4, 1),
+        (32, 4, 2),
+        (64, 8, 1),
+        (64, 8, 2),
+    ]
+    assert {one.optim.lr for one in configs} == {0.02}  # the command line wins over the file
+    assert planned.points[0].entry.short == "point=small seed=1"
+    file.write_text(POINTS.split("  large")[0], encoding="utf-8")
+    (one,) = plan_sweep(["sweep=rungs.yaml", data], config_name="train").points
+    assert one.entry.run_dir == "small"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sweep.points: [1, 2]", "must have names with keys below them"),
+        ("sweep.points: {../up: {seed: 1}}", "becomes a directory's name"),
+        ("sweep.points: {small: {seed: [1, 2]}}", "small must have keys with their dots and one value each"),
+        ("sweep.points: {small: {model.d_modle: 8}}", "point=small: .*did you mean"),
+    ],
+)
+def test_named_points_are_checked(here: Path, german_data: Path, text: str, message: str) -> None:
+    (here / "mine.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        plan_sweep(["sweep=mine.yaml", f"data.path={german_data}"], config_name="train")
+    with pytest.raises(ConfigError, match="named points stand in a file"):
+        plan_sweep(["sweep.points={a: {}}", f"data.path={german_data}"], config_name="train")
+
+
 @pytest.mark.parametrize("name", ["gas_mbs", "parallelism"])
 def test_the_files_of_the_project_can_be_run(name: str, here: Path, german_data: Path) -> None:
     argv = [f"sweep={name}", "model=6.7b", f"data.path={german_data}", "launcher=slurm", "cluster=alpha"]
