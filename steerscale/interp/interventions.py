@@ -60,13 +60,13 @@ class _Enough(Exception):
 
 def patch(replacement: torch.Tensor, positions: Positions = None) -> HookFunction:
     """Put `replacement` there, broadcast to [B, S, M]: an activation of another text, say."""
-    return _at(positions, lambda x_BSM: replacement.to(x_BSM).expand_as(x_BSM))
+    return at_positions(positions, lambda x_BSM: replacement.to(x_BSM).expand_as(x_BSM))
 
 
 def ablate(mean_M: torch.Tensor | None = None, positions: Positions = None) -> HookFunction:
     """Put zeros there, or a mean [M]."""
     if mean_M is None:
-        return _at(positions, torch.zeros_like)
+        return at_positions(positions, torch.zeros_like)
     return patch(mean_M, positions)
 
 
@@ -74,7 +74,7 @@ def add_direction(direction_M: torch.Tensor, strength: float = 1.0, positions: P
     """Add `strength` times a direction [M], as long as it is; strength 0 changes nothing."""
     if strength == 0:
         return lambda x_BSM: None
-    return _at(positions, lambda x_BSM: x_BSM + strength * direction_M.to(x_BSM))
+    return at_positions(positions, lambda x_BSM: x_BSM + strength * direction_M.to(x_BSM))
 
 
 def project_out(direction_M: torch.Tensor, positions: Positions = None) -> HookFunction:
@@ -87,10 +87,11 @@ def project_out(direction_M: torch.Tensor, positions: Positions = None) -> HookF
         unit = unit_M.to(x_BSM)
         return x_BSM - (x_BSM @ unit).unsqueeze(-1) * unit
 
-    return _at(positions, remove)
+    return at_positions(positions, remove)
 
 
-def _at(positions: Positions, change: HookFunction) -> HookFunction:
+def at_positions(positions: Positions, change: HookFunction) -> HookFunction:
+    """`change`, at these positions only: elsewhere the activation stays bit by bit."""
     if positions is None:
         return change
 
