@@ -34,7 +34,9 @@ FROM_FILE = "configuration_from_a_file"
 """Name under which a file given as --config-name stands in Hydra."""
 
 
-def compose_config(overrides: Sequence[str], *, config_name: str = "train", partial: bool = False) -> dict[str, Any]:
+def compose_config(
+    overrides: Sequence[str], *, config_name: str = "train", partial: bool = False, schema: type = RunConfig
+) -> dict[str, Any]:
     """The resolved configuration as a plain mapping.
 
     Args:
@@ -42,13 +44,15 @@ def compose_config(overrides: Sequence[str], *, config_name: str = "train", part
         config_name: a file of configs/ without its suffix, or the path of a whole configuration ending in .yaml, e.g.
             the config.yaml of a run directory.
         partial: leave "???" where a value is missing instead of refusing.
+        schema: the dataclass whose keys there are; for another than a run's, `config_name` is the path of a file.
 
     Raises ConfigError for anything that cannot be read, is unknown or is missing.
     """
-    lines = [_checked(override, whole_file=_is_file(config_name)) for override in parse_overrides(overrides)]
+    whole_file = _is_file(config_name)
+    lines = [_checked(override, whole_file=whole_file, schema=schema) for override in parse_overrides(overrides)]
     store = ConfigStore.instance()
     store.store(name=DEFAULTS, node=OmegaConf.create(defaults_of(RunConfig)))
-    name = _primary(config_name)
+    name = _primary(config_name, schema)
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = compose(name, overrides=lines)
@@ -152,7 +156,7 @@ def _is_file(config_name: str) -> bool:
     return config_name.endswith((".yaml", ".yml")) and Path(config_name).is_file()
 
 
-def _primary(config_name: str) -> str:
+def _primary(config_name: str, schema: type) -> str:
     if not _is_file(config_name):
         known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
         name = config_name.removesuffix(".yaml")
@@ -163,12 +167,12 @@ def _primary(config_name: str) -> str:
             )
         return name
     # Defaults first, so that a file from an older version gets the keys that came later.
-    node = OmegaConf.merge(OmegaConf.create(defaults_of(RunConfig)), OmegaConf.create(load_yaml(Path(config_name))))
+    node = OmegaConf.merge(OmegaConf.create(defaults_of(schema)), OmegaConf.create(load_yaml(Path(config_name))))
     ConfigStore.instance().store(name=FROM_FILE, node=node)
     return FROM_FILE
 
 
-def _checked(override: Override, *, whole_file: bool) -> str:
+def _checked(override: Override, *, whole_file: bool, schema: type) -> str:
     """The override as Hydra shall read it. Refuses unknown groups, options and keys with a suggestion."""
     text, key = str(override.input_line), override.key_or_group
     if override.is_delete():
@@ -178,7 +182,7 @@ def _checked(override: Override, *, whole_file: bool) -> str:
     if "/" in key or override.package is not None:
         raise ConfigError(f"{text}: there is no such config group; groups are {_listed(groups())}")
     plain = text.lstrip("+")
-    if key in groups():
+    if key in groups() and schema is RunConfig:
         if whole_file:
             raise ConfigError(
                 f"{text}: a whole configuration was given as --config-name, without groups: set single keys"
@@ -186,7 +190,7 @@ def _checked(override: Override, *, whole_file: bool) -> str:
         _check_option(plain, key, override.value())
         return plain
     # Whether a key is there already makes no difference to users, e.g. inside train.ramp_up, which is null at first.
-    return f"++{_check_key(plain, key, override.value())}"
+    return f"++{_check_key(plain, key, override.value(), schema)}"
 
 
 def _check_option(text: str, group: str, value: Any) -> None:
@@ -199,9 +203,9 @@ def _check_option(text: str, group: str, value: Any) -> None:
         raise ConfigError(f"{text}: there is no configs/{group}/{value}.yaml, only {_listed(known)}{hint}")
 
 
-def _check_key(text: str, key: str, value: Any) -> str:
+def _check_key(text: str, key: str, value: Any, schema: type) -> str:
     """The override `text`, quoted where its key takes text and Hydra would read a number: name=2024_05 is no 202405."""
-    hint: Any = RunConfig
+    hint: Any = schema
     path = key.split(".")
     for depth, part in enumerate(path):
         cls = section(hint)
@@ -212,7 +216,7 @@ def _check_key(text: str, key: str, value: Any) -> str:
             raise ConfigError(f"unknown key {key!r}: {above} is a value without keys of its own, write {above}=VALUE")
         hints = typing.get_type_hints(cls)
         if part not in hints:
-            known = [*hints, *groups()] if depth == 0 else list(hints)
+            known = [*hints, *groups()] if depth == 0 and schema is RunConfig else list(hints)
             raise ConfigError(unknown_key(".".join(path[: depth + 1]), part, dict.fromkeys(known)))
         hint = hints[part]
     cls = section(hint)

@@ -18,6 +18,9 @@ class DataConfig:
     """Restart positions and attention after each document end, so that no token sees the document before its own."""
     mask_document_end: bool = False
     """Leave the first token of each document out of the loss: after a document end it cannot be predicted."""
+    random_offset: bool = True
+    """Cut the corpus at another offset in every epoch; false: at multiples of model.seq_len, for documents of just that
+    length, which then are never cut."""
     skip: list[list[int]] = field(default_factory=list)
     """[start, end) ranges of global sample positions to leave out of training, e.g. around a loss spike."""
     num_prefetch: int = 2

@@ -77,7 +77,12 @@ class SampleStream:
         if shuffle:
             shares = np.array(list(config.weights.values()))
             self._windows = [
-                ShuffledWindows(num_tokens=info.tokens, seq_len=seq_len, key=f"{seed}/{corpus}")
+                ShuffledWindows(
+                    num_tokens=info.tokens,
+                    seq_len=seq_len,
+                    key=f"{seed}/{corpus}",
+                    random_offset=config.random_offset,
+                )
                 for corpus, info in enumerate(infos)
             ]
             self._corpora = Blend(shares.tolist())

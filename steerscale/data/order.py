@@ -64,6 +64,8 @@ class ShuffledWindows:
     num_tokens: int
     seq_len: int
     key: str
+    random_offset: bool = True
+    """False: the offset is 0 in every epoch."""
 
     @property
     def per_epoch(self) -> int:
@@ -74,7 +76,7 @@ class ShuffledWindows:
         """First token of the windows at these positions: int64 [N] -> int64 [N]."""
         starts = np.empty_like(positions)
         epochs, indices = np.divmod(positions, self.per_epoch)
-        offsets = min(self.seq_len, self.num_tokens - self.per_epoch * self.seq_len)
+        offsets = min(self.seq_len, self.num_tokens - self.per_epoch * self.seq_len) if self.random_offset else 1
         for epoch in np.unique(epochs):
             key = f"{self.key}/{epoch}"
             chosen = epochs == epoch

@@ -57,6 +57,13 @@ def test_shuffled_windows_lie_inside_and_do_not_overlap(num_tokens):
         assert offsets == set(range(8))
 
 
+def test_windows_without_offset_are_whole_documents_of_their_length():
+    windows = ShuffledWindows(num_tokens=800, seq_len=8, key="k", random_offset=False)
+    starts = windows.starts(np.arange(3 * windows.per_epoch)).reshape(3, -1)
+    assert (np.sort(starts) == np.arange(windows.per_epoch) * 8).all()
+    assert not np.array_equal(starts[0], starts[1])
+
+
 def test_epochs_differ_and_follow_the_key():
     def starts(key):
         return ShuffledWindows(num_tokens=1000, seq_len=8, key=key).starts(np.arange(4 * 124)).reshape(4, 124)
