@@ -1,6 +1,7 @@
 """Random games of Othello as a dataset, and the boards along them. The rules are rust-reversi's (the extra `othello`).
 
-A token is a square: 0 begins a game and fills it up, 1 .. 60 are the squares that are empty at the start, row by row. Every game is GAME_TOKENS long, so that a sample of training is a game. A player who cannot move passes, which is no token.
+A token is a square: 0 begins a game and fills it up, 1 .. 60 are the squares that are empty at the start, row by row. Every
+game is GAME_TOKENS long, so that a sample of training is a game. A player who cannot move passes, which is no token.
 
 Shapes: G games, T = 60 moves, 64 squares.
 """
