@@ -1,6 +1,7 @@
-"""The compiled CPU kernels: built once by the machine's own C++ compiler, loaded over ctypes.
+"""The compiled CPU code: built once by the machine's own C++ compiler, loaded over ctypes.
 
-Without a compiler everything works by torch operations, several times slower; a warning says so once.
+Without a compiler everything works without it, the kernels by torch operations several times slower, byte-pair encoding in
+Python; a warning says so once.
 """
 
 import ctypes
@@ -13,8 +14,10 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # tokenizers are trained without torch, which takes seconds to import
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -30,44 +33,63 @@ _SIGNATURES = {
     "sum_tokens": [_POINTER] * 5 + [_INT64, _INT64, _POINTER, _INT, _INT],
     "decode_gradients": [_POINTER] * 6 + [_INT64, _INT64, _POINTER, _POINTER, _INT, _INT, _INT],
 }
+_BPE_SIGNATURES = {
+    "bpe_train": ([_POINTER] * 4 + [_INT64] + [_POINTER] * 2 + [_INT64, _POINTER, _INT64, _INT64], _POINTER),
+    "bpe_num_merges": ([_POINTER], _INT64),
+    "bpe_result": ([_POINTER] * 3, None),
+    "bpe_free": ([_POINTER], None),
+}
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernels of `kernels.cpp`, compiled into the user's cache directory at first use; None if that cannot be done."""
-    try:
-        loaded = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("no compiled CPU kernels, torch operations are used instead (several times slower): %s", error)
-        return None
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, None
-    return loaded
+    signatures = {name: (arguments, None) for name, arguments in _SIGNATURES.items()}
+    return _load(SOURCE, signatures, without="CPU kernels, torch operations are used instead (several times slower)")
 
 
-def usable(*tensors: torch.Tensor) -> ctypes.CDLL | None:
+@functools.cache
+def bpe_library() -> ctypes.CDLL | None:
+    """The trainer of `bpe.cpp`, compiled and kept likewise; None if that cannot be done."""
+    return _load(SOURCE.with_name("bpe.cpp"), _BPE_SIGNATURES, without="trainer of merges, Python is used instead (some 50 times slower)")
+
+
+def usable(*tensors: "torch.Tensor") -> ctypes.CDLL | None:
     """The kernels if they can work on these tensors: float32 on the CPU."""
+    import torch
+
     if all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors):
         return library()
     return None
 
 
-def _compiled() -> Path:
+def _load(source: Path, signatures: dict[str, tuple[list[Any], Any]], *, without: str) -> ctypes.CDLL | None:
+    try:
+        loaded = ctypes.CDLL(str(_compiled(source)))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("no compiled %s: %s", without, error)
+        return None
+    for name, (arguments, result) in signatures.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, result
+    return loaded
+
+
+def _compiled(source: Path) -> Path:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise FileNotFoundError("there is no C++ compiler (c++, g++, clang++)")
     # -march=native binds the result to this processor; a home directory may be shared by different ones.
-    identity = [SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _processor_flags()]
+    identity = [source.read_text(), compiler, *FLAGS, platform.machine(), _processor_flags()]
     name = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steerscale"
-    target = cache / f"kernels-{name}.so"
+    target = cache / f"{source.stem}-{name}.so"
     if target.exists():
         return target
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as directory:
-        built = Path(directory) / "kernels.so"
-        command = [compiler, *FLAGS, "-o", str(built), str(SOURCE)]
+        built = Path(directory) / target.name
+        command = [compiler, *FLAGS, "-o", str(built), str(source)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
         if done.returncode:
             raise OSError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
