@@ -1,10 +1,10 @@
-"""`steerscale scaling`: `reconcile` is here, `plan` and `fit` in modules of their own."""
+"""`steerscale scaling`: `reconcile` is here, `plan`, `fit` and `ladder` in modules of their own."""
 
 import argparse
 import json
 from typing import Any
 
-from steerscale.cli import scaling_fit, scaling_plan
+from steerscale.cli import scaling_fit, scaling_ladder, scaling_plan
 
 
 def add_parser(subparsers: Any) -> None:
@@ -12,6 +12,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("scaling", help="scaling laws: a budget's best model, fits to trained models")
     commands = parser.add_subparsers(dest="scaling_command", metavar="COMMAND", required=True)
     scaling_plan.add_parser(commands)
+    scaling_ladder.add_parser(commands)
     scaling_fit.add_parser(commands)
     reconcile = commands.add_parser(
         "reconcile",

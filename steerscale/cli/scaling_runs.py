@@ -1,7 +1,10 @@
 """Run directories as points of a scaling law, and as measurements of MFU."""
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from steerscale.config import from_mapping
@@ -23,23 +26,36 @@ def points_of_runs(paths: Sequence[Path], *, moments: bool = False) -> tuple[lis
         paths: run directories, or directories of them.
         moments: every evaluation of a run instead of its last one, for an envelope.
 
-    Raises SteerscaleError if a path holds no run.
+    Raises SteerscaleError if a path holds no run, DataError if the runs' vocabularies differ.
     """
     points: list[Point] = []
     warnings: list[str] = []
+    shapes: dict[str, tuple[int, int]] = {}
     for run in scan_runs(paths):
         if isinstance(run, BrokenRun):
             warnings.append(f"{run.path.name} is left out: {run.reason}")
             continue
         try:
-            points += _points(run, warnings, moments=moments)
+            config = from_mapping(RunConfig, run.config)
+            points += _points(run, config, warnings, moments=moments)
         except SteerscaleError as error:
             warnings.append(f"{run.name} is left out: {error}")
+            continue
+        shapes[run.name] = config.model.tokens, config.model.seq_len
+    vocabularies = {vocabulary: name for name, (vocabulary, _) in shapes.items()}
+    if len(vocabularies) > 1:
+        listed = ", ".join(f"{name} ({vocabulary:,} tokens)" for vocabulary, name in vocabularies.items())
+        raise DataError(f"losses in nats a token of different vocabularies cannot be compared: {listed}")
+    lengths = sorted({length for _, length in shapes.values()})
+    if len(lengths) > 1:
+        warnings.append(
+            f"the runs have sequences of {lengths[0]:,} to {lengths[-1]:,} tokens: more context lowers the loss, and the law "
+            "takes it for something else"
+        )
     return points, warnings
 
 
-def _points(run: Run, warnings: list[str], *, moments: bool) -> list[Point]:
-    config = from_mapping(RunConfig, run.config)
+def _points(run: Run, config: RunConfig, warnings: list[str], *, moments: bool) -> list[Point]:
     if config.sae is not None:
         raise DataError("it trained sparse autoencoders")
     if run.state != "finished":
@@ -52,15 +68,24 @@ def _points(run: Run, warnings: list[str], *, moments: bool) -> list[Point]:
     losses = [record.get("loss") for record in evaluations]
     if losses[-1] is None or not math.isfinite(losses[-1]):
         raise DataError("the loss of its last evaluation is not a number: it diverged")
+    if losses[-1] >= (guessing := math.log(config.model.tokens)):
+        raise DataError(
+            f"its last loss of {losses[-1]:.3f} is no better than guessing ({guessing:.3f} among {config.model.tokens:,})"
+        )
+    if run.skips:
+        warnings.append(
+            f"{run.name}: {len(run.skips):,} of {config.train.steps:,} steps were skipped for a loss or gradient that was not "
+            "finite, so it saw less than it is counted with"
+        )
     last = learning_rate(config.optim, config.train.steps - 1, config.train.steps)
     if last > DECAYED * config.optim.lr:
         warnings.append(
             f"{run.name}: the learning rate ended at {last / config.optim.lr:.0%} of its peak; a decayed one gives a lower loss"
         )
-    tokenizer = _tokenizer(config)
+    tokenizer, data = _data(config)
     if tokenizer is None:
         warnings.append(
-            f"{run.name}: its dataset is not there any more, so its tokenizer is not compared with the others'"
+            f"{run.name}: its dataset is not there any more, so its tokenizer and text are not compared with the others'"
         )
     layout = config.layout()
     return [
@@ -70,19 +95,27 @@ def _points(run: Run, warnings: list[str], *, moments: bool) -> list[Point]:
             loss=loss,
             name=run.name,
             tokenizer=tokenizer,
+            data=data,
         )
         for record, loss in zip(evaluations, losses)
         if loss is not None and record["step"] > config.optim.warmup_steps
     ]
 
 
-def _tokenizer(config: RunConfig) -> str | None:
+def _data(config: RunConfig) -> tuple[str | None, str | None]:
+    """What tells the run's tokenizer and its text apart from others'; None where its datasets are gone."""
     if config.data is None:
-        return None
+        return None, None
     try:
-        return inspect_dataset(next(iter(config.data.weights))).tokenizer.hash
+        manifests = {path: inspect_dataset(path) for path in config.data.weights}
     except DataError:
-        return None
+        return None, None
+    text = [
+        (share, manifest.seed, manifest.fractions, [asdict(source) for source in manifest.sources])
+        for (path, manifest), share in zip(manifests.items(), config.data.weights.values())
+    ]
+    tokenizer = next(iter(manifests.values())).tokenizer.hash
+    return tokenizer, hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
 
 
 def measured_mfu(paths: Sequence[Path], *, peak_tflops: float) -> tuple[float, list[str]]:

@@ -111,12 +111,13 @@ def format_fit(
             rows.append((name, f"{found.law.exponent:.3f}", _spoken(found.interval), f"{len(found.best)} budgets"))
     lines += [*table(rows), *reasons]
     if held_out:
-        rows = [("held out", "N", "tokens", "measured", "predicted", "error", f"{fit.level:.0%} interval")]
+        rows = [("held out", "N", "tokens", "measured", "predicted", "error", f"{fit.level:.0%} interval", "")]
         for one in held_out:
             figures = (f"{one['loss']:.4f}", f"{one['predicted']:.4f}", f"{one['predicted'] / one['loss'] - 1:+.2%}")
-            rows.append(
-                (one["name"], amount(one["parameters"]), amount(one["tokens"]), *figures, _spoken(one["interval"]))
-            )
+            interval = one["interval"]
+            inside = "" if interval is None else "inside" if interval[0] <= one["loss"] <= interval[1] else "outside"
+            sizes = (one["name"], amount(one["parameters"]), amount(one["tokens"]))
+            rows.append((*sizes, *figures, _spoken(interval), inside))
         lines += ["", *table(rows)]
     return "\n".join([*lines, *(f"warning: {sentence}" for sentence in warnings)])
 

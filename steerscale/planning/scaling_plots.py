@@ -53,12 +53,16 @@ def plot_fit(
     *,
     held_out: Sequence[Point] = (),
 ) -> None:
-    """Three panels: measured against predicted loss, IsoFLOP parabolas, and best size by budget from each method."""
+    """Three panels: measured against predicted loss; IsoFLOP parabolas, or where there are none the law's curves of each
+    size; best size by budget from each method."""
     figure = _figure(14, 4.3)
     measured, valleys, best = figure.subplots(1, 3)
     _measured(measured, fit, points, held_out)
     found = frontiers.get("IsoFLOP")
-    _valleys(valleys, found if isinstance(found, Frontier) else None, points)
+    if isinstance(found, Frontier):
+        _valleys(valleys, found, points)
+    else:
+        _curves(valleys, fit, points, held_out)
     _best(best, fit, points, frontiers)
     _save(figure, path)
 
@@ -79,17 +83,37 @@ def _measured(axes: "Axes", fit: Fit, points: Sequence[Point], held_out: Sequenc
     axes.legend(fontsize=8)
 
 
-def _valleys(axes: "Axes", frontier: Frontier | None, points: Sequence[Point]) -> None:
+def _curves(axes: "Axes", fit: Fit, points: Sequence[Point], held_out: Sequence[Point]) -> None:
+    """Loss over compute: the law's curve of each size, with its models."""
+    ends = [min(p.flops for p in (*points, *held_out)) / 1.5, max(p.flops for p in (*points, *held_out)) * 1.5]
+    grid = [ends[0] * (ends[1] / ends[0]) ** (step / 100) for step in range(101)]
+    sizes = sorted({point.parameters for point in points})
+    for place, size in enumerate(sizes):
+        color = f"C{place % 10}"
+        own = [point for point in points if point.parameters == size]
+        around = [flops for flops in grid if flops > min(point.flops for point in own) / 1.5]
+        axes.plot(around, [fit.law.loss(size, tokens_for(flops, size)) for flops in around], color=color, linewidth=0.9)
+        axes.plot([p.flops for p in own], [p.loss for p in own], "o", color=color, markersize=4, label=f"{size:.3g}")
+    for index, point in enumerate(held_out):
+        value, interval = fit.predict(point.parameters, point.tokens)
+        error = None if interval is None else [[max(value - interval[0], 0)], [max(interval[1] - value, 0)]]
+        names = ("predicted", f"held out, {point.parameters:.3g}") if index == 0 else (None, None)
+        axes.errorbar([point.flops], [value], yerr=error, fmt="_", color="#c4260b", capsize=3, label=names[0])
+        axes.plot([point.flops], [point.loss], "D", color="#c4260b", markersize=5, label=names[1])
+    axes.set(xscale="log", xlabel="FLOPs, 6 N D", ylabel="loss, nats a token", title="the law's curve of each size")
+    axes.legend(fontsize=7, title="parameters", title_fontsize=7)
+
+
+def _valleys(axes: "Axes", frontier: Frontier, points: Sequence[Point]) -> None:
     axes.scatter([p.parameters for p in points], [p.loss for p in points], s=8, color="#b8c4cf")
-    for one in frontier.best if frontier is not None else ():
+    for one in frontier.best:
         assert one.parabola is not None
         c2, c1, c0 = one.parabola
         offsets = [-1.2 + 0.1 * step for step in range(25)]
         sizes = [one.parameters * math.exp(offset) for offset in offsets]
         axes.plot(sizes, [c2 * x * x + c1 * x + c0 for x in offsets], linewidth=1)
         axes.plot([one.parameters], [one.loss], "k.", markersize=5)
-    title = "IsoFLOP parabolas" if frontier is not None else "IsoFLOP: not fitted"
-    axes.set(xscale="log", xlabel="parameters", ylabel="loss, nats a token", title=title)
+    axes.set(xscale="log", xlabel="parameters", ylabel="loss, nats a token", title="IsoFLOP parabolas")
 
 
 def _best(axes: "Axes", fit: Fit, points: Sequence[Point], frontiers: Mapping[str, Frontier | str]) -> None:

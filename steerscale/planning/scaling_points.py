@@ -16,6 +16,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "loss": ("loss",),
     "name": ("name", "run"),
     "tokenizer": ("tokenizer",),
+    "data": ("data", "dataset"),
 }
 """Names of a column, in any case. Of parameters, tokens and flops two are enough: C = 6 N D."""
 
@@ -31,6 +32,8 @@ class Point:
     name: str = ""
     tokenizer: str | None = None
     """What tells tokenizers apart; None: not known."""
+    data: str | None = None
+    """What tells the texts apart that it was trained and evaluated on; None: not known."""
 
     @property
     def flops(self) -> float:
@@ -84,13 +87,13 @@ def _point(path: Path, number: int, row: dict[str, str], columns: dict[str, str]
         values["tokens"] = values["flops"] / (FLOPS_PER_PARAMETER_AND_TOKEN * values["parameters"])
     elif "parameters" not in values:
         values["parameters"] = values["flops"] / (FLOPS_PER_PARAMETER_AND_TOKEN * values["tokens"])
-    tokenizer = row[columns["tokenizer"]] if "tokenizer" in columns else None
     return Point(
         parameters=values["parameters"],
         tokens=values["tokens"],
         loss=values["loss"],
         name=row[columns["name"]] if "name" in columns else f"row {number}",
-        tokenizer=tokenizer or None,
+        tokenizer=(row[columns["tokenizer"]] if "tokenizer" in columns else None) or None,
+        data=(row[columns["data"]] if "data" in columns else None) or None,
     )
 
 
@@ -101,12 +104,13 @@ def check_points(points: Sequence[Point], *, needed: int, purpose: str) -> None:
             value = getattr(point, key)
             if not (math.isfinite(value) and value > 0):
                 raise DataError(f"{point.name}: {key} must be a positive number, got {value}; leave out what diverged")
-    tokenizers = {point.tokenizer: point.name for point in points if point.tokenizer is not None}
-    if len(tokenizers) > 1:
-        listed = ", ".join(f"{name} ({tokenizer[:12]})" for tokenizer, name in tokenizers.items())
-        raise DataError(
-            f"losses in nats a token of different tokenizers cannot be compared: {listed}; fit the runs of one tokenizer"
-        )
+    for key, what in (("tokenizer", "tokenizers"), ("data", "datasets")):
+        first = {value: point.name for point in reversed(points) if (value := getattr(point, key)) is not None}
+        if len(first) > 1:
+            listed = ", ".join(f"{name} ({value[:12]})" for value, name in reversed(first.items()))
+            raise DataError(
+                f"losses in nats a token of different {what} cannot be compared: {listed}; fit the runs of one {what[:-1]}"
+            )
     if len(points) < needed:
         raise DataError(f"{purpose} needs at least {needed} points, got {len(points)}")
 

@@ -1,4 +1,6 @@
 import json
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,9 +42,11 @@ def make_run(
     schedule: str = "cosine",
     mfu: float | None = None,
     loss: float | None = None,
+    vocab_size: int = 4000,
+    seq_len: int = 256,
 ) -> None:
     """The run directory of a run in a world that obeys `TRUTH`, evaluated at half its steps and at the end."""
-    model = {"num_layers": 2, "d_model": width, "num_heads": 4, "seq_len": 256, "vocab_size": 1000}
+    model = {"num_layers": 2, "d_model": width, "num_heads": 4, "seq_len": seq_len, "vocab_size": vocab_size}
     values = {
         "name": run_dir.name,
         "run_dir": f"{run_dir}",
@@ -201,6 +205,9 @@ def test_fit_of_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, german_
     make_run(tmp_path / "killed", width=256, steps=100, state="stopped")
     make_run(tmp_path / "diverged", width=256, steps=100, loss=float("nan"))
     make_run(tmp_path / "constant", width=256, steps=100, schedule="constant", data=str(german_data))
+    make_run(tmp_path / "guessing", width=256, steps=100, loss=math.log(4000))
+    with (tmp_path / "constant" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"kind": "skip", "step": 7, "loss": null}\n')
     found = answer(capsys, "scaling", "fit", str(tmp_path), "--bootstrap", "0", "--hold-out", "1")
     assert found["points"] == 9
     assert found["law"] == pytest.approx(vars(TRUTH), rel=0.02)
@@ -214,6 +221,8 @@ def test_fit_of_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, german_
     assert "killed is left out: it is stopped at step 100 of 100, not finished" in warnings
     assert "diverged is left out: the loss of its last evaluation is not a number: it diverged" in warnings
     assert "constant: the learning rate ended at 100% of its peak" in warnings
+    assert "constant: 1 of 100 steps were skipped" in warnings
+    assert "guessing is left out: its last loss of 8.294 is no better than guessing (8.294 among 4,000)" in warnings
     assert "tokenizer" not in warnings
 
 
@@ -223,7 +232,29 @@ def test_runs_whose_dataset_is_gone_are_fitted_with_a_warning(
     make_sweep(tmp_path)
     found = answer(capsys, "scaling", "fit", str(tmp_path), "--bootstrap", "0")
     assert found["points"] == 9
-    assert any("its tokenizer is not compared" in text for text in found["warnings"])
+    assert any("its tokenizer and text are not compared" in text for text in found["warnings"])
+
+
+def test_runs_of_other_data_are_not_mixed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, german_data: Path
+) -> None:
+    runs, other = tmp_path / "runs", tmp_path / "other"
+    shutil.copytree(german_data, other)
+    make_sweep(runs, data=str(german_data))
+    make_run(runs / "same", width=32, steps=200, data=str(other))
+    assert answer(capsys, "scaling", "fit", str(runs), "--bootstrap", "0")["points"] == 10
+    manifest = json.loads((other / "manifest.json").read_text(encoding="utf-8"))
+    (other / "manifest.json").write_text(json.dumps({**manifest, "seed": 99}), encoding="utf-8")
+    assert "of different datasets cannot be compared: same" in refusal(capsys, "scaling", "fit", str(runs))
+    shutil.rmtree(runs / "same")
+    make_run(runs / "larger", width=32, steps=200, vocab_size=5000)
+    error = refusal(capsys, "scaling", "fit", str(runs))
+    assert "of different vocabularies cannot be compared" in error
+    assert "larger (5,000 tokens)" in error
+    shutil.rmtree(runs / "larger")
+    make_run(runs / "longer", width=32, steps=200, seq_len=512)
+    warnings = answer(capsys, "scaling", "fit", str(runs), "--bootstrap", "0")["warnings"]
+    assert any("sequences of 256 to 512 tokens" in text for text in warnings)
 
 
 def test_fit_refuses_with_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
