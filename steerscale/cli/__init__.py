@@ -16,6 +16,7 @@ COMMANDS = (
     "data",
     "sample",
     "steer",
+    "probe",
     "dashboard",
     "export",
     "plan",

@@ -92,7 +92,7 @@ class Probe:
         return self.means_CM.shape[1]
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Activations [..., M] -> float32 [..., C]. Of ridge they are regressions on 0 and 1, no log-odds, unless calibrated."""
+        """Activations [..., M] -> float32 [..., C]. Its softmax is the probe's confidence."""
         x = x.float()
         if self.hidden_weight_HM is not None and self.hidden_bias_H is not None:
             x = torch.relu(x @ self.hidden_weight_HM.T + self.hidden_bias_H)
