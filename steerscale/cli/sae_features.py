@@ -31,7 +31,6 @@ def run(args: argparse.Namespace) -> None:
     """Look and print."""
     from steerscale.interp.features import describe_latents
     from steerscale.interp.text import sequences_of
-    from steerscale.language_model import load_language_model
     from steerscale.parallel.context import initialize
     from steerscale.parallel.layout import ParallelLayout
 
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     if source.text is None:
         raise ConfigError(f"{args.source} does not bring a text: name a dataset or a file with --text")
     with initialize(ParallelLayout()) as context:
-        lm = load_language_model(source.lm, context, checkpoint=source.checkpoint)
+        lm = source.language_model(context)
         features = describe_latents(
             lm,
             source.sae,

@@ -2,13 +2,13 @@
 
 A latent j with value f_j in the activation x is changed to f_j', and x becomes
 
-    x + strength * sum_j (f_j' - f_j) W_dec[j] / t        t: the SAE's output scale
+    x + strength * sum_j s_j (f_j' - f_j) W_dec[j] / t        s_j: the edit's own strength, t: the SAE's output scale
 
 a *delta* on the activation as it is: nothing else of x changes, neither what other latents say nor what the SAE cannot
 reconstruct. (Putting the changed reconstruction in x's place would lose its error; adding the error of the changed features
 back would undo the change.)
 
-Shapes: B sequences, S sequence, M d_model, V vocabulary, E edits.
+Shapes: B sequences, S sequence, M d_model, V vocabulary, E edits, L latents that edits read.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,9 +21,23 @@ import torch
 from steerscale.config import require
 from steerscale.errors import ConfigError
 from steerscale.generation import next_logits
+from steerscale.interp.combine import acting
 from steerscale.language_model import LanguageModel
 from steerscale.models.hooks import HookFunction
 from steerscale.sae.weights import SAEWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class When:
+    """A condition on another latent's value at the same token."""
+
+    latent: int
+    """Its number in the same SAE."""
+    above: float = 0.0
+    """The edit is made where the latent's value is larger than this."""
+
+    def __post_init__(self) -> None:
+        require(self.latent >= 0, f"when.latent must not be negative, got {self.latent}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +52,10 @@ class Edit:
     """clamp: f' = value; add: f' = max(f + value, 0); scale: f' = value * f, 0 suppresses it."""
     where: Literal["all", "active"] = "all"
     """active: only where f > 0."""
+    when: When | None = None
+    """Another latent that decides where."""
+    strength: float = 1.0
+    """Factor of this edit's part of the delta."""
 
     def __post_init__(self) -> None:
         require(self.latent >= 0, f"latent must not be negative, got {self.latent}")
@@ -88,7 +106,8 @@ class Steering:
             )
         require(bool(edits), "there is nothing to steer: give at least one latent")
         for edit in edits:
-            require(edit.latent < sae.num_latents, f"latent {edit.latent} is not among the SAE's {sae.num_latents}")
+            for latent in (edit.latent, *([edit.when.latent] if edit.when else [])):
+                require(latent < sae.num_latents, f"latent {latent} is not among the SAE's {sae.num_latents}")
         latents = [edit.latent for edit in edits]
         require(len(set(latents)) == len(latents), f"latents must differ, got {', '.join(map(str, latents))}")
         self.hook: str = hook or sae.hook or ""
@@ -96,35 +115,43 @@ class Steering:
         self._spare_special, self._spare_first = spare_special, spare_first
         scale = sae.input_scale if sae.output_scale is None else sae.output_scale
         self.directions_EM = sae.W_dec[latents] / scale
+        # Edited latents first, in their order, then those that only conditions read.
+        self._read = list(dict.fromkeys([*latents, *(edit.when.latent for edit in edits if edit.when)]))
         self._whole = sae if sae.architecture == "topk" else None
-        self._parts = [sae.slice_latents(latent, latent + 1) for latent in latents] if self._whole is None else []
+        self._parts = [sae.slice_latents(latent, latent + 1) for latent in self._read] if self._whole is None else []
 
     def values(self, x_BSM: torch.Tensor) -> torch.Tensor:
         """The edited latents' values [..., E] in activations [..., M]."""
+        return self._values(x_BSM)[..., : len(self.edits)]
+
+    def _values(self, x_BSM: torch.Tensor) -> torch.Tensor:
+        """[..., L]"""
         if self._whole is not None:
-            return self._whole.encode(x_BSM)[..., [edit.latent for edit in self.edits]]
+            return self._whole.encode(x_BSM)[..., self._read]
         return torch.cat([part.encode(x_BSM) for part in self._parts], dim=-1)
 
     def delta(self, x_BSM: torch.Tensor) -> torch.Tensor:
         """What is added to activations [..., M], of the same shape; float32."""
-        f = self.values(x_BSM)
-        change = torch.stack([edit.change(f[..., index]) for index, edit in enumerate(self.edits)], dim=-1)
-        return self.strength * change @ self.directions_EM
+        f, changes = self._values(x_BSM), []
+        for index, edit in enumerate(self.edits):
+            change = edit.strength * edit.change(f[..., index])
+            if edit.when is not None:
+                holds = f[..., self._read.index(edit.when.latent)] > edit.when.above
+                change = torch.where(holds, change, 0)
+            changes.append(change)
+        return self.strength * torch.stack(changes, dim=-1) @ self.directions_EM
 
     def acts(
         self, lm: LanguageModel, tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """bool [B, S]: which tokens are not spared. `positions_BS`: None for 0 .. S-1."""
-        if positions_BS is None:
-            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        acts_BS = positions_BS >= self._spare_first
-        if self._spare_special:
-            special = torch.tensor(sorted(lm.special_ids), dtype=torch.int64, device=tokens_BS.device)
-            acts_BS &= ~torch.isin(tokens_BS, special)
-        return acts_BS
+        """bool [B, S]: which tokens are not spared; see `acting`."""
+        return acting(lm, tokens_BS, positions_BS, spare_special=self._spare_special, spare_first=self._spare_first)
 
     def functions(self, lm: LanguageModel) -> dict[str, HookFunction]:
-        """For everything of `lm` that takes functions by hook point. Raises ConfigError if the SAE's width is another."""
+        """For everything of `lm` that takes functions by hook point; none if the strength is 0.
+
+        Raises ConfigError if the SAE's width is another than the model's.
+        """
         width = self.directions_EM.shape[1]
         if width != lm.model.d_model:
             raise ConfigError(

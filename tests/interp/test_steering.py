@@ -251,8 +251,14 @@ def test_steer_command_on_a_run_and_on_an_exported_sae(
     lm, data = sae_run.parent / "lm", lines[-1].split(" of ")[1].split(":")[0]
     assert main(["steer", str(exported), *what, "--model", str(lm), "--text", data]) == 0
     assert capsys.readouterr().out == out
-    assert main(["steer", str(sae_run), *what, "--strength", "0"]) == 0
+    saved = tmp_path / "recipe.yaml"
+    assert main(["steer", str(sae_run), *what, "--strength", "0", "--save", str(saved)]) == 0
     assert "KL 0 nats" in capsys.readouterr().out
+    recipe = ["steer", str(saved), *what[4:]]
+    assert main(recipe) == 0
+    assert capsys.readouterr().out == out
+    assert main([*recipe, "--latent", "5"]) == 2
+    assert "--latent says what" in capsys.readouterr().err
 
 
 def test_steer_command_says_what_is_missing(sae_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,6 +267,7 @@ def test_steer_command_says_what_is_missing(sae_run: Path, tmp_path: Path, capsy
         ([str(tmp_path / "sae"), "--latent", "1", "--target", "2"], "--model"),
         ([str(sae_run), "--latent", "1", "--latent", "2", "--add", "2"], "a value for each"),
         ([str(sae_run), "--latent", "128", "--scale", "0"], "latent 128"),
+        ([str(sae_run), "--latent", "5"], "nothing to steer"),
     ):
         assert main(["steer", *arguments]) == 2
         assert message in capsys.readouterr().err
