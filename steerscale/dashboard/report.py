@@ -4,8 +4,6 @@ Everything that comes from a run travels as JSON and is put into the page as tex
 security policy admits the scripts written here, by their hashes, and no connection beside that to `--serve`.
 """
 
-import base64
-import hashlib
 import json
 import math
 import time
@@ -18,6 +16,7 @@ from typing import Any
 from steerscale.dashboard.curves import curves_of, evaluations_of, events_of
 from steerscale.dashboard.figures import FIGURES, device_peaks, figures_of
 from steerscale.dashboard.runs import BrokenRun, Run, flatten
+from steerscale.html_page import fill_template, script_hash, write_whole
 from steerscale.planning.throughput import FORMULAS
 
 SCRIPTS = ("data.js", "table.js", "charts.js", "heatmap.js", "compare.js", "main.js")
@@ -86,7 +85,7 @@ def page(data: dict[str, Any] | None, *, refresh_s: float | None = None) -> str:
     own = "\n".join(_part(name) for name in SCRIPTS)
     connect = "'none'" if data is not None else "'self'"
     policy = (
-        f"default-src 'none'; script-src {_hash(plotly)} {_hash(own)}; style-src 'unsafe-inline'; "
+        f"default-src 'none'; script-src {script_hash(plotly)} {script_hash(own)}; style-src 'unsafe-inline'; "
         f"img-src data: blob:; connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
     parts = {
@@ -96,10 +95,7 @@ def page(data: dict[str, Any] | None, *, refresh_s: float | None = None) -> str:
         "PLOTLY": plotly,
         "SCRIPT": own,
     }
-    text = _part("page.html")
-    # One pass over the template: a name in somebody's data is not taken for a place in it.
-    pieces = text.split("{{")
-    return pieces[0] + "".join(parts[name] + after for name, after in (piece.split("}}", 1) for piece in pieces[1:]))
+    return fill_template(_part("page.html"), parts)
 
 
 def embed(value: Any) -> str:
@@ -112,12 +108,7 @@ def embed(value: Any) -> str:
 
 def write_report(path: Path, data: dict[str, Any]) -> None:
     """Write the page to a file, which appears whole."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(page(data), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, page(data))
 
 
 def _part(name: str) -> str:
@@ -127,11 +118,6 @@ def _part(name: str) -> str:
 def _plotly() -> str:
     """plotly.js as its Python package brings it. The page draws with it; its Python side is not used."""
     return resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
-
-
-def _hash(script: str) -> str:
-    digest = hashlib.sha256(script.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 def _scalar(value: Any) -> Any:

@@ -1,20 +1,21 @@
 """What is a latent about? Where it is most active in a text, how often, and the tokens its direction promotes.
 
-Shapes: B sequences, S sequence, M d_model, V vocabulary, J latents looked at.
+Shapes: B sequences, S sequence, M d_model, V vocabulary, J latents looked at, C tokens or latents named for each.
 """
 
-import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-from steerscale.errors import LayoutError
-from steerscale.interp.interventions import capture, logit_effect
-from steerscale.interp.steering import Edit, Steering
+from steerscale.interp.interventions import logit_effect
+from steerscale.interp.latent_index import LatentIndex, build_index
 from steerscale.language_model import LanguageModel
 from steerscale.sae.weights import SAEWeights
+
+_ELEMENTS = 2**25
+"""Logits or cosines at once: 128 MiB."""
 
 
 class Context(NamedTuple):
@@ -68,44 +69,88 @@ def describe_latents(
     Tokens that steering would spare do not count. `width`: tokens of a context on either side.
     Raises LayoutError under a pipeline; ConfigError as `Steering` does.
     """
-    if lm.context.layout.pipeline > 1:
-        raise LayoutError(
-            f"parallel.pipeline must be 1 to look at latents, it is {lm.context.layout.pipeline}: their tops are kept "
-            "where the activations are, the unembedding is on the last stage"
+    index = build_index(
+        lm,
+        sae,
+        sequences,
+        latents=latents,
+        hook=hook,
+        spare_special=spare_special,
+        spare_first=spare_first,
+        num_top=num_contexts,
+        num_drawn=0,
+        width=width,
+    )
+    promoted, suppressed = token_effects(lm, sae, latents, num_tokens)
+    return [
+        Feature(
+            latent=latent,
+            contexts=[*_contexts(index, row)],
+            frequency=float(index.active_J[row]) / index.num_tokens,
+            mean=float(index.total_J[row] / index.active_J[row].clamp_min(1)),
+            promoted=promoted.pairs(row),
+            suppressed=suppressed.pairs(row),
         )
-    edits = [Edit(latent=latent, value=0.0) for latent in latents]
-    steering = Steering(sae, edits, hook=hook, spare_special=spare_special, spare_first=spare_first)
-    features = [Feature(latent=latent) for latent in latents]
-    heaps: list[list[tuple[float, int, Context]]] = [[] for _ in latents]
-    active_J, total_J, tokens, number = torch.zeros(len(latents)), torch.zeros(len(latents)), 0, 0
-    for batch_BT in sequences:
-        tokens_BS = batch_BT[:, :-1].contiguous()
-        x_BSM = capture(lm, tokens_BS, [steering.hook])[steering.hook]
-        counts_BS = steering.acts(lm, tokens_BS)
-        values_BSJ = (steering.values(x_BSM) * counts_BS.unsqueeze(-1)).float().cpu()
-        active_J += (values_BSJ > 0).sum(dim=(0, 1))
-        total_J += values_BSJ.sum(dim=(0, 1))
-        tokens += int(counts_BS.sum())
-        best_BJ = values_BSJ.max(dim=1)
-        for row, text in enumerate(tokens_BS.tolist()):
-            number += 1
-            for index, heap in enumerate(heaps):
-                value, at = float(best_BJ.values[row, index]), int(best_BJ.indices[row, index])
-                if value > 0:
-                    begin = max(at - width, 0)
-                    context = Context(value, tuple(text[begin : at + width + 1]), at - begin)
-                    (heapq.heappush if len(heap) < num_contexts else heapq.heappushpop)(heap, (value, -number, context))
-    effects_JV = logit_effect(lm, steering.directions_EM)
-    assert effects_JV is not None
-    for index, feature in enumerate(features):
-        feature.contexts = [context for *_, context in sorted(heaps[index], reverse=True)]
-        feature.frequency = float(active_J[index]) / max(tokens, 1)
-        feature.mean = float(total_J[index] / active_J[index].clamp_min(1))
-        feature.promoted = _extreme(effects_JV[index], num_tokens, largest=True)
-        feature.suppressed = _extreme(effects_JV[index], num_tokens, largest=False)
-    return features
+        for row, latent in enumerate(latents)
+    ]
 
 
-def _extreme(effect_V: torch.Tensor, count: int, *, largest: bool) -> list[tuple[int, float]]:
-    found = effect_V.topk(min(count, len(effect_V)), largest=largest)
-    return list(zip(found.indices.tolist(), found.values.tolist()))
+def _contexts(index: LatentIndex, row: int) -> Iterator[Context]:
+    length = index.tokens_RS.shape[1]
+    for value, position in zip(index.top.value_GK[row].tolist(), index.top.position_GK[row].tolist()):
+        if position >= 0:
+            text, at = index.tokens_RS[position // length].tolist(), position % length
+            begin = max(at - index.width, 0)
+            yield Context(value, tuple(text[begin : at + index.width + 1]), at - begin)
+
+
+class TokenEffects(NamedTuple):
+    """Tokens [J, C] that latents' directions promote or suppress most, the most first."""
+
+    tokens_JC: torch.Tensor
+    """Ids, int64."""
+    logits_JC: torch.Tensor
+    """See `interventions.logit_effect`, float32."""
+
+    def pairs(self, row: int) -> list[tuple[int, float]]:
+        """(token, logit) of one latent."""
+        return list(zip(self.tokens_JC[row].tolist(), self.logits_JC[row].tolist()))
+
+
+def token_effects(
+    lm: LanguageModel, sae: SAEWeights, latents: Sequence[int], num_tokens: int
+) -> tuple[TokenEffects, TokenEffects]:
+    """Tokens that these latents promote, and that they suppress; on all ranks alike, no pipeline.
+
+    The logits [J, V] are gathered for a few latents at a time.
+    """
+    scale = sae.input_scale if sae.output_scale is None else sae.output_scale
+    step = max(1, _ELEMENTS // lm.model.tokens)
+    count = min(num_tokens, lm.model.tokens)
+    found: dict[bool, list[TokenEffects]] = {True: [], False: []}
+    for begin in range(0, len(latents), step):
+        rows = torch.tensor(latents[begin : begin + step])
+        effects_JV = logit_effect(lm, (sae.W_dec[rows] / scale).to(lm.context.device))
+        assert effects_JV is not None
+        for largest, parts in found.items():
+            best = effects_JV.topk(count, dim=-1, largest=largest)
+            parts.append(TokenEffects(best.indices.cpu(), best.values.cpu()))
+    promoted, suppressed = (TokenEffects(*map(torch.cat, zip(*parts))) for parts in found.values())
+    return promoted, suppressed
+
+
+@torch.no_grad()
+def decoder_neighbours(sae: SAEWeights, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For every latent the `count` others whose decoder rows are most alike: numbers int64 and cosines float32 [J, C].
+
+    All products of the J rows, a few rows at a time: 2 J^2 d_model FLOPs.
+    """
+    total = sae.num_latents
+    directions_JM = torch.nn.functional.normalize(sae.W_dec.to(device).float(), dim=-1)
+    step, parts = max(1, _ELEMENTS // total), []
+    for begin in range(0, total, step):
+        cosines = directions_JM[begin : begin + step] @ directions_JM.T
+        rows = torch.arange(len(cosines), device=device)
+        cosines[rows, begin + rows] = float("-inf")  # itself
+        parts.append(cosines.topk(min(count, total - 1), dim=-1))
+    return torch.cat([part.indices for part in parts]).cpu(), torch.cat([part.values for part in parts]).cpu()
