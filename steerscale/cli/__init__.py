@@ -20,6 +20,7 @@ COMMANDS = (
     "dashboard",
     "export",
     "plan",
+    "profile",
     "scaling",
     "sae",
     "status",

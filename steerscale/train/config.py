@@ -15,6 +15,7 @@ from steerscale.optim import OptimConfig
 from steerscale.parallel.layout import ParallelConfig, ParallelLayout
 from steerscale.planning.cluster import ClusterConfig
 from steerscale.sae.config import SAEConfig, specs_of
+from steerscale.train.profile_config import ProfileConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,8 @@ class RunConfig:
     """Checkpoints."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """Measurements."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Traces of single steps."""
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     """Starting ranks."""
     cluster: ClusterConfig | None = None
@@ -182,6 +185,7 @@ class RunConfig:
         """The checked layout. Raises LayoutError if it does not fit itself or the model."""
         layout = ParallelLayout.resolve(self.parallel)
         layout.check_model(self.model)
+        self.profile.check(steps=self.train.steps, ranks=layout.world_size)
         if self.sae is not None and self.stream is not None:
             check_sae_layout(self.sae, self.stream, self.model, layout)
         return layout

@@ -22,6 +22,7 @@ from steerscale.metrics import Recorder, console_line, evaluation_lines
 from steerscale.optim import learning_rate
 from steerscale.parallel.context import ParallelContext
 from steerscale.train.config import RunConfig, batch_size_at
+from steerscale.train.profile import StepProfiler
 from steerscale.train.signals import StopRequest
 from steerscale.train.task import Task
 from steerscale.train.window import Window
@@ -65,12 +66,13 @@ class Loop:
         recorder: Recorder,
         stop: StopRequest,
         progress: Progress,
+        profiler: StepProfiler | None = None,
         on_report: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_report` is called whenever there is news of the progress: every metrics.interval steps."""
         self.task, self.config, self.context = task, config, context
         self.store, self.recorder, self.stop, self.progress = store, recorder, stop, progress
-        self._on_report = on_report
+        self._profiler, self._on_report = profiler, on_report
         self._window = Window(skip=config.metrics.warmup_steps)
         self._stopping = False
         self._tried_step = progress.step
@@ -84,7 +86,7 @@ class Loop:
         config, progress = self.config, self.progress
         self._evaluate_if_due()  # a stop may have come before it
         while progress.step < config.train.steps and not self._stopping:
-            self._step()
+            self._traced_step()
             if _due(progress.step, config.metrics.interval) or progress.step == config.train.steps or self._stopping:
                 self._report()
             self._evaluate_if_due()
@@ -102,6 +104,16 @@ class Loop:
                 "checkpoints are untouched, make room and start again"
             )
         return not self._stopping
+
+    def _traced_step(self) -> None:
+        number, profiler = self.progress.step + 1, self._profiler
+        if profiler is None:
+            self._step()
+            return
+        if profiler.is_due(number):
+            self._window.skip_step()  # on all ranks: they wait for the one that traces
+        with profiler.step(number):
+            self._step()
 
     def _step(self) -> None:
         config, progress, task = self.config, self.progress, self.task

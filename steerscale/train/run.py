@@ -23,6 +23,7 @@ from steerscale.train.config import RunConfig
 from steerscale.train.gpt import build_gpt_task
 from steerscale.train.loop import Loop, Progress
 from steerscale.train.preflight import is_due, run_preflight
+from steerscale.train.profile import StepProfiler
 from steerscale.train.sae import build_sae_task
 from steerscale.train.signals import StopRequest
 from steerscale.train.task import Task
@@ -58,6 +59,7 @@ def run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> None:
                 recorder=recorder,
                 stop=stop,
                 progress=progress,
+                profiler=StepProfiler(config.profile, run_dir=run_dir, rank=rank, device=context.device),
                 on_report=lambda: report("running"),
             )
             finished = loop.run()

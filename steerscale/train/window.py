@@ -37,6 +37,10 @@ class Window:
         self._metrics: dict[str, float] = defaultdict(float)
         self.uniform = True
 
+    def skip_step(self) -> None:
+        """Do not time the next step."""
+        self._skip = max(self._skip, 1)
+
     def begin(self, layout: ParallelLayout) -> None:
         """A step begins, with the batch of `layout`."""
         if self._steps and layout != self.layout:
