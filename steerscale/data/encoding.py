@@ -129,7 +129,8 @@ def _helpers(encoding: Encoding, number: int) -> Iterator[ProcessPoolExecutor | 
         return
     # spawn: a fork could copy locks that threads of the caller hold.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(number, context, initializer=_start_worker, initargs=(encoding,))
+    with _interrupts_deferred():  # halfway through, its semaphores would be nobody's to remove
+        pool = ProcessPoolExecutor(number, context, initializer=_start_worker, initargs=(encoding,))
     try:
         yield pool
     except BrokenProcessPool as error:
