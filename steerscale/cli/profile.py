@@ -74,20 +74,19 @@ def _table(steps: "Sequence[StepTrace]") -> list[str]:
 
     cuda = any(step.on_cuda for step in steps)
     titles = [*CATEGORIES[:-1], "idle" if cuda else "Python, waiting"]
-    rows = [("step", "rank", "ms", *titles, *(["hidden comm."] if cuda else []), "syncs")]
+    rows = [("step", "rank", "ms", *titles, *(["hidden comm.", "syncs"] if cuda else []))]
     rows += [
         (
             *(str(step.step), str(step.rank), f"{step.seconds * 1e3:,.1f}"),
             *(_share(step.parts[category], step) for category in CATEGORIES),
-            *([_share(step.hidden_communication, step)] if cuda else []),
-            str(sum(step.synchronisations.values())),
+            *([_share(step.hidden_communication, step), str(sum(step.synchronisations.values()))] if cuda else []),
         )
         for step in steps
     ]
     if len(steps) > 1:
         middle = [f"{median(step.parts[category] / step.seconds for step in steps):.1%}" for category in CATEGORIES]
         seconds = f"{median(step.seconds for step in steps) * 1e3:,.1f}"
-        rows.append(("median", "", seconds, *middle, *([""] if cuda else []), ""))
+        rows.append(("median", "", seconds, *middle, *(["", ""] if cuda else [])))
     return table(rows)
 
 

@@ -11,6 +11,7 @@ import gzip
 import itertools
 import json
 import re
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class StepTrace:
     gemm_flops: float | None
     """Of all matrix products, by their operands' shapes; None: the trace has no shapes."""
     synchronisations: dict[str, int]
-    """Calls that made the host wait for the device, or read a number from it."""
+    """CUDA: calls that made the host wait for the device, or read a number from it."""
     longest: list[tuple[str, str, float]]
     """Category, name and seconds of what took longest."""
 
@@ -89,9 +90,10 @@ def read_trace(path: Path) -> StepTrace:
     try:
         content = json.loads(gzip.decompress(path.read_bytes()))
         events = [event for event in content["traceEvents"] if event.get("ph") == "X"]
-        assert place is not None
+        if place is None:
+            raise ValueError(f"its name is not rankN.STEP{SUFFIX}")
         return _add_up(events, rank=place[0], step=place[1])
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} cannot be read as a trace of torch's profiler: {type(error).__name__}: {error}"
         ) from error
@@ -111,7 +113,10 @@ class _Span:
 
 
 def _add_up(events: Sequence[dict[str, Any]], *, rank: int, step: int) -> StepTrace:
-    whole = next(e for e in events if e["name"] == step_name(step) and e.get("cat") == "user_annotation")
+    steps = [e for e in events if e["name"] == step_name(step) and e.get("cat") == "user_annotation"]
+    if len(steps) != 1:
+        raise ValueError(f"{step_name(step)} is in it {len(steps)} times")
+    (whole,) = steps
     begin = whole["ts"]
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     # Kernels run after the host has gone on: the step ends with the last of them.
@@ -129,7 +134,9 @@ def _add_up(events: Sequence[dict[str, Any]], *, rank: int, step: int) -> StepTr
     longest: Counter[tuple[str, str]] = Counter()
     for span in spans:
         longest[span.category, span.name] += span.end - span.begin  # type: ignore[assignment]
-    syncs = Counter(e["name"] for e in events if begin <= e["ts"] < end and _SYNCHRONISATIONS.search(e["name"]))
+    syncs: Counter[str] = Counter()
+    if kernels:  # on CPU the same operations wait for nothing
+        syncs.update(e["name"] for e in events if begin <= e["ts"] < end and _SYNCHRONISATIONS.search(e["name"]))
     return StepTrace(
         rank=rank,
         step=step,
