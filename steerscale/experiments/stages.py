@@ -18,7 +18,10 @@ from steerscale.rundir import describe_environment, write_text
 from steerscale.train.config import RunConfig
 
 MARK, RESULTS = "stage.json", "results.json"
-EXPERIMENTS = {"othello": "steerscale.experiments.othello"}
+EXPERIMENTS = {
+    "othello": "steerscale.experiments.othello",
+    "superposition": "steerscale.experiments.superposition",
+}
 """Name -> module, imported when it is chosen, whose EXPERIMENT is the `Experiment`; sizes: configs/experiment/NAME/*.yaml."""
 
 Results = dict[str, Any]
