@@ -1,4 +1,4 @@
-"""`steerscale tokenizer train | show`."""
+"""`steerscale tokenizer train | segment | eval | show`."""
 
 import argparse
 from pathlib import Path
@@ -11,15 +11,27 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     train = commands.add_parser("train", help="learn a vocabulary from text files")
     train.add_argument("inputs", nargs="+", metavar="INPUT", help="text file (also compressed), or sample:german")
     train.add_argument("-o", "--output", type=Path, required=True, help="new directory for the tokenizer")
-    train.add_argument("--type", default="unigram", help="unigram (default) or bpe")
+    train.add_argument("--type", default="unigram", help="unigram (default), bpe or morph_bpe")
     train.add_argument("--vocab-size", type=int, default=16384, help="tokens in all (default: %(default)s)")
     train.add_argument("--character-coverage", type=float, default=0.9995, help="rest in bytes (default: %(default)s)")
+    train.add_argument("--bias", type=float, help="morph_bpe: 0 plain BPE .. 1 no merge across morphemes (default: 0.9)")
+    train.add_argument(
+        "--segmentation",
+        metavar="FROM",
+        help="morph_bpe: morfessor (default), lexicon:FILE (SIGMORPHON or MorphyNet .tsv, hunspell .dic), or your FILE.tsv",
+    )
     train.add_argument("--special", action="append", default=[], metavar="TEXT", help="always one token; repeatable")
     train.add_argument("--input-sentence-size", type=int, default=0, help="learn from so many random lines (0: all)")
     train.add_argument("--seed", type=int, default=0, help="chooses those lines (default: %(default)s)")
     add_reading_arguments(train)
     train.add_argument("--force", action="store_true", help="replace an existing tokenizer")
     train.set_defaults(run=_train)
+    segment = commands.add_parser("segment", help="write the morphemes of a corpus' words to a table")
+    segment.add_argument("inputs", nargs="+", metavar="INPUT", help="text file (also compressed), or sample:german")
+    segment.add_argument("-o", "--output", type=Path, required=True, help="new .tsv: a word, a tab and its morphemes a line")
+    segment.add_argument("--segmentation", default="morfessor", metavar="FROM", help="as for train (default: morfessor)")
+    add_reading_arguments(segment)
+    segment.set_defaults(run=_segment)
     show = commands.add_parser("show", help="what a tokenizer is, and how it cuts a text")
     show.add_argument("tokenizer", type=Path, help="tokenizer directory, ours or of a Hugging Face model")
     show.add_argument("text", nargs="?", help="a text to tokenize")
@@ -49,6 +61,8 @@ def _train(args: argparse.Namespace) -> None:
         type=args.type,
         vocab_size=args.vocab_size,
         character_coverage=args.character_coverage,
+        bias=args.bias,
+        segmentation=args.segmentation,
         special=args.special,
         input_sentence_size=args.input_sentence_size,
         seed=args.seed,
@@ -59,6 +73,22 @@ def _train(args: argparse.Namespace) -> None:
         tokenizer = train_tokenizer(config, texts, sources=describe_sources(sources))
         tokenizer.save(directory)
     print(f"{args.output}: {tokenizer.type} tokenizer, {tokenizer.vocab_size} tokens, hash {tokenizer.hash[:12]}")
+
+
+def _segment(args: argparse.Namespace) -> None:
+    from steerscale.data.blocks import Reading, read_texts
+    from steerscale.data.sources import find_sources
+    from steerscale.errors import DataError
+    from steerscale.tokenizers.morph_bpe import letter_words
+    from steerscale.tokenizers.morph_segment import find_segmentation, write_segmentation
+    from steerscale.tokenizers.morph_words import count_words
+
+    if args.output.exists():
+        raise DataError(f"{args.output} exists already: choose another output file")
+    texts = read_texts(find_sources(args.inputs, format=args.format), Reading(args.documents, args.text_key))
+    words = letter_words(count_words(texts))
+    cut = write_segmentation(args.output, words, find_segmentation(args.segmentation, words))
+    print(f"{args.output}: {cut:,} of {len(words):,} different words have several morphemes")
 
 
 def _show(args: argparse.Namespace) -> None:

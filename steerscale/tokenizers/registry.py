@@ -10,6 +10,7 @@ from steerscale.tokenizers.config import TokenizerConfig
 from steerscale.tokenizers.huggingface import MODEL as HUGGINGFACE_MODEL
 from steerscale.tokenizers.huggingface import SETTINGS as HUGGINGFACE_SETTINGS
 from steerscale.tokenizers.huggingface import HuggingFaceTokenizer
+from steerscale.tokenizers.morph_bpe import MorphBPETokenizer, train_morph_bpe
 from steerscale.tokenizers.spm import SentencePieceTokenizer, train_sentencepiece
 
 
@@ -25,6 +26,7 @@ class TokenizerType(NamedTuple):
 TOKENIZERS: dict[str, TokenizerType] = {
     "unigram": TokenizerType(SentencePieceTokenizer.load, train_sentencepiece),
     "bpe": TokenizerType(SentencePieceTokenizer.load, train_sentencepiece),
+    "morph_bpe": TokenizerType(MorphBPETokenizer.load, train_morph_bpe),
     "huggingface": TokenizerType(HuggingFaceTokenizer.load, None),
 }
 

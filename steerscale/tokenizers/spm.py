@@ -106,7 +106,7 @@ def train_sentencepiece(
         raise DataError("there is no text to train a tokenizer on: the input holds nothing but white space")
     lines = itertools.chain([first], lines)
     if config.input_sentence_size:
-        lines = iter(_sample(lines, config.input_sentence_size, seed=config.seed))
+        lines = iter(sample_lines(lines, config.input_sentence_size, seed=config.seed))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -156,7 +156,7 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
                 yield line
 
 
-def _sample(lines: Iterable[str], size: int, *, seed: int) -> list[str]:
+def sample_lines(lines: Iterable[str], size: int, *, seed: int) -> list[str]:
     """`size` lines chosen uniformly in one pass (reservoir sampling, Vitter 1985, algorithm R)."""
     # Sentencepiece can sample too, but its seed does not reach lines that come from an iterator.
     generator = random.Random(seed)

@@ -1,0 +1,71 @@
+"""What byte-pair encoding counts: the words of a text, as the pre-tokenizer of the finished `tokenizer.json` cuts them.
+
+Each word is letters (marks included), digits or other signs, with the space before it; longer white space stands alone. A byte
+is written as one character, as GPT-2's tokenizer and all later byte-level ones do.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+import tokenizers
+from tokenizers import pre_tokenizers
+
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
+"""GPT-2's, but a combining mark belongs to its letter."""
+
+# The pattern never goes on from a sign to white space, so what is cut there can be counted before it is cut further: far fewer
+# different chunks than chunks go through the pre-tokenizer. Python counts U+001C to U+001F as white space, the pattern does not.
+_CHUNK = re.compile(r"\s*\S+|\s+")
+_DISPUTED = re.compile("[\x1c-\x1f]")
+
+
+def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Of every tokenizer trained here."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _byte_characters() -> list[str]:
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+
+
+BYTE_CHARACTERS = _byte_characters()
+"""How byte-level tokenizers write each byte in their vocabulary (Radford et al. 2019: no control characters, no white space)."""
+_BYTES = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+
+
+def spell(text: bytes) -> str:
+    """Bytes as a byte-level vocabulary writes them."""
+    return "".join(BYTE_CHARACTERS[byte] for byte in text)
+
+
+def unspell(piece: str) -> bytes | None:
+    """The bytes of a vocabulary entry; None if it is not written that way."""
+    try:
+        return bytes(_BYTES[character] for character in piece)
+    except KeyError:
+        return None
+
+
+def count_words(texts: Iterable[str]) -> dict[bytes, int]:
+    """Every word of the texts (UTF-8) and how often it occurs, in order of the bytes."""
+    chunks: Counter[str] = Counter()
+    for text in texts:
+        if _DISPUTED.search(text):
+            chunks[text] += 1
+        else:
+            chunks.update(_CHUNK.findall(text))
+    cut = pre_tokenizer().pre_tokenize_str
+    words: Counter[str] = Counter()
+    for chunk, count in chunks.items():
+        for word, _ in cut(chunk):
+            words[word] += count
+    spelled = ((unspell(word), count) for word, count in words.items())
+    return dict(sorted((word, count) for word, count in spelled if word))
