@@ -22,6 +22,7 @@ from steerscale.interp.best import Contexts
 from steerscale.interp.features import TokenEffects
 from steerscale.interp.latent_index import BINS_PER_OCTAVE, OCTAVES, LatentIndex
 from steerscale.tokenizers.base import Tokenizer
+from steerscale.tokenizers.display import token_texts
 
 SCRIPTS = ("data.js", "search.js", "list.js", "latent.js", "main.js")
 _NONE = 0xFFFFFFFF
@@ -83,23 +84,9 @@ def latent_page(
         "cosine": neighbours[1].numpy().astype("<f4"),
     }
     size = max(tokenizer.vocab_size, int(index.tokens_RS.max()) + 1)
-    vocabulary, special = token_texts(tokenizer, size)
-    return _page(_pack({"meta": meta, "vocabulary": vocabulary, "special": special}, arrays))
-
-
-def token_texts(tokenizer: Tokenizer, size: int) -> tuple[list[str], list[int]]:
-    """How to write each token of 0 .. size - 1, and which of them are no text: control tokens and parts of characters."""
-    # After another token: at a text's beginning some tokenizers drop a blank.
-    before = tokenizer.encode("a")[-1:]
-    shown = len(tokenizer.decode(before))
-    texts, special = [], []
-    for token in range(size):
-        text = tokenizer.decode([*before, token])[shown:] if token < tokenizer.vocab_size else ""
-        if not text or "\ufffd" in text:
-            text = tokenizer.piece(token) if token < tokenizer.vocab_size else f"<{token}>"
-            special.append(token)
-        texts.append(text)
-    return texts, special
+    texts = token_texts(tokenizer, range(size))
+    special = [token for token, (_, is_text) in enumerate(texts) if not is_text]
+    return _page(_pack({"meta": meta, "vocabulary": [text for text, _ in texts], "special": special}, arrays))
 
 
 def _used_octaves(index: LatentIndex) -> tuple[torch.Tensor, int, int]:

@@ -32,6 +32,8 @@ class Tokenizer(ABC):
     """Fills up a batch; never trained on."""
     prefix: tuple[int, ...] = ()
     """What it puts before a text by itself where a model is to read one; `encode` leaves it out."""
+    chat_template: str | None = None
+    """Jinja template that makes a text of a conversation, if the model was trained on some."""
     hash: str
     """SHA-256 (hex) of the file that determines the ids; two tokenizers agree exactly if it does."""
 

@@ -14,6 +14,8 @@ from steerscale.tokenizers.base import Tokenizer, TokenizerManifest
 
 MODEL = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Newer models have the template in a file of its own; when saved here it is among the settings, which both can read."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -44,6 +46,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = eos_id
         added = tuple(self._backend.encode("", add_special_tokens=True).ids)
         self.prefix = added if added == (self.bos_id,) else ()
+        self.chat_template = _chat_template(settings)
 
     @classmethod
     def load(cls, directory: Path) -> "HuggingFaceTokenizer":
@@ -51,6 +54,9 @@ class HuggingFaceTokenizer(Tokenizer):
         if (directory / MODEL).is_file():
             settings = directory / SETTINGS
             values = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+            template = directory / CHAT_TEMPLATE
+            if template.is_file():
+                values["chat_template"] = template.read_text(encoding="utf-8")
             return cls((directory / MODEL).read_bytes(), values, origin=str(directory))
         return cls(*_converted(directory), origin=str(directory))
 
@@ -87,6 +93,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return None if text is None else self._backend.token_to_id(text)
 
 
+def _chat_template(settings: dict[str, Any]) -> str | None:
+    # One template, or several with names.
+    found = settings.get("chat_template")
+    if isinstance(found, list):
+        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
+
+
 def _converted(directory: Path) -> tuple[bytes, dict[str, Any]]:
     # Slow to import, and needed only for models published without a tokenizer.json.
     from transformers import AutoTokenizer
@@ -98,4 +112,4 @@ def _converted(directory: Path) -> tuple[bytes, dict[str, Any]]:
         raise DataError(
             f"{directory} is not a tokenizer: no {MODEL}, and transformers cannot make one: {error}"
         ) from error
-    return model, {role: getattr(slow, role) for role in ("bos_token", "eos_token", "pad_token")}
+    return model, {role: getattr(slow, role) for role in ("bos_token", "eos_token", "pad_token", "chat_template")}

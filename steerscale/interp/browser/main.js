@@ -1,7 +1,7 @@
 "use strict";
 // Start, and whatever changes what is looked at. The state is in the address, so that a link opens it again.
 
-/** List anew; keep the chosen latent if it is still listed. */
+/** List anew, from the top; the chosen latent stays chosen. */
 function refresh() {
   listLatents();
   const match = byId("sort").querySelector("[value=match]");
@@ -11,7 +11,6 @@ function refresh() {
   byId("direction").textContent = view.descending ? "↓" : "↑";
   drawHeads();
   byId("list").scrollTop = 0;
-  reveal();
   drawList();
   keepAddress();
 }
@@ -36,7 +35,7 @@ function setQuery(query) {
   const searched = Boolean(view.query.trim());
   view.query = query;
   // What matches best comes first, until another order is asked for.
-  if (query.trim() && !searched) [view.sort, view.descending] = ["match", true];
+  if (query.trim() && !searched && askedNumber() === null) [view.sort, view.descending] = ["match", true];
   if (!query.trim() && view.sort === "match") [view.sort, view.descending] = ["number", false];
   refresh();
   const number = askedNumber();
