@@ -3,18 +3,109 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from steerscale.config import require
+from steerscale.errors import LayoutError
+from steerscale.parallel.layout import ParallelLayout
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How forward, backward and the optimizer step are carried out."""
 
-    name: Literal["megatron"] = "megatron"
-    """The engine."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Parameters and activations; bf16 keeps fp32 main weights. Gradients are reduced and accumulated in fp32."""
+    name: Literal["megatron", "deepspeed"] = "megatron"
+    """The engine: Megatron-Core, or DeepSpeed (docs/engines.md)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Parameters and activations; bf16 and fp16 keep fp32 main weights, fp16 (DeepSpeed only) scales the loss. Gradients are
+    reduced and accumulated in fp32, but for DeepSpeed's fp16."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recompute: none, the core attention only, or every block."""
     distributed_optimizer: bool = True
     """Shard the optimizer state over the data-parallel replicas (ZeRO-1)."""
     overlap: bool = True
     """On CUDA, overlap gradient reduction and parameter gathering with computation."""
+    zero_stage: int | None = None
+    """DeepSpeed's ZeRO stage, 0 to 3: what is sharded over the replicas is nothing, optimizer state, gradients too, parameters
+    too; null: 1 with distributed_optimizer, else 0."""
+    offload_optimizer: bool = False
+    """DeepSpeed: keep optimizer state and main weights in the host's memory and update them there; needs ZeRO-1 to 3."""
+
+    def __post_init__(self) -> None:
+        if self.name == "megatron":
+            for key, value, unset in (
+                ("zero_stage", self.zero_stage, None),
+                ("offload_optimizer", self.offload_optimizer, False),
+            ):
+                require(
+                    value == unset,
+                    f"engine.{key}={value} is a setting of DeepSpeed: choose engine=deepspeed, or leave it at its default; "
+                    "engine.distributed_optimizer is what Megatron-Core has of ZeRO",
+                )
+            require(
+                self.precision != "fp16",
+                "engine.precision=fp16 needs engine=deepspeed, which scales the loss; with engine=megatron use bf16 or fp32",
+            )
+        else:
+            self._check_zero()
+
+    def _check_zero(self) -> None:
+        stage = self.zero_stage
+        require(stage is None or 0 <= stage <= 3, f"engine.zero_stage must be 0, 1, 2 or 3, got {stage}")
+        require(
+            self.distributed_optimizer or not stage,
+            f"engine.zero_stage={stage} shards the optimizer state and engine.distributed_optimizer=false does not: give one",
+        )
+        if stage is not None:
+            # The planner and the memory check know this key only.
+            object.__setattr__(self, "distributed_optimizer", stage >= 1)
+        if self.zero != 0:
+            return
+        require(
+            self.precision == "fp32",
+            f"engine.precision={self.precision} with ZeRO-0 is nothing DeepSpeed can accumulate in fp32: use "
+            "engine.zero_stage=1 (with one replica the same arithmetic), or engine.precision=fp32",
+        )
+        require(
+            not self.offload_optimizer,
+            "engine.offload_optimizer=true needs ZeRO: set engine.zero_stage=1, 2 or 3",
+        )
+
+    @property
+    def zero(self) -> int:
+        """ZeRO stage."""
+        return self.zero_stage if self.zero_stage is not None else int(self.distributed_optimizer)
+
+
+def check_engine(engine: EngineConfig, layout: ParallelLayout, *, sae: bool = False) -> None:
+    """Whether the engine can run this layout. Raises LayoutError naming both and the way out."""
+    if engine.name != "deepspeed":
+        return
+    if layout.virtual_pipeline > 1:
+        raise LayoutError(
+            f"parallel.virtual_pipeline={layout.virtual_pipeline}: DeepSpeed's pipeline is plain 1F1B; set it to 1, or use "
+            "engine=megatron"
+        )
+    if layout.pipeline > 1 and engine.zero >= 2:
+        raise LayoutError(
+            f"engine.zero_stage={engine.zero} with parallel.pipeline={layout.pipeline}: DeepSpeed's pipeline needs whole "
+            "gradients until the last micro-batch; use engine.zero_stage=1 or 0, or parallel.pipeline=1"
+        )
+    if layout.pipeline > 1 and engine.offload_optimizer:
+        raise LayoutError(
+            f"engine.offload_optimizer=true with parallel.pipeline={layout.pipeline} is not supported: use "
+            "parallel.pipeline=1, or leave the optimizer on the device"
+        )
+    if layout.sequence:
+        raise LayoutError(
+            "parallel.sequence=true: DeepSpeed does not reduce the gradients of the norms over the tensor group; set it to "
+            "false, or use engine=megatron"
+        )
+    if sae and layout.pipeline > 1:
+        raise LayoutError(
+            f"parallel.pipeline={layout.pipeline}: SAEs train under DeepSpeed without a pipeline only (each stage would have "
+            "to be a world of its own); use parallel.pipeline=1, or engine=megatron"
+        )
+    if sae and engine.zero == 3:
+        raise LayoutError(
+            "engine.zero_stage=3: an SAE's decoder is normalised between the steps, which needs whole parameters; use "
+            "engine.zero_stage=0, 1 or 2"
+        )

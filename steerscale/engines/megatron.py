@@ -6,18 +6,17 @@ through the same lines.
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from steerscale.checkpoint.fragments import Fragment, FragmentReader
+from steerscale.engines.base import Forward, StepResult, Timer, Totals, add_up
 from steerscale.engines.config import EngineConfig
-from steerscale.engines.state import load_fragments, state_fragments
+from steerscale.engines.state import load_fragments, owned_ranges, set_steps, state_fragments
 from steerscale.optim import OptimConfig
 from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.megatron import (
@@ -37,44 +36,6 @@ from steerscale.parallel.megatron import (
 from steerscale.parallel.shards import Shard
 
 logger = logging.getLogger(__name__)
-
-Forward = Callable[[Any, torch.nn.Module], tuple[torch.Tensor, Callable]]
-"""(micro-batch, model chunk) -> (output, loss function of the output), as Megatron-Core's schedules want it.
-
-The loss function returns (sum of losses, number of tokens, tensor to report).
-"""
-
-
-Timer = Callable[[str], AbstractContextManager]
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over a whole global batch; on every rank alike."""
-
-    loss_sum: float
-    tokens: int
-    reported: tuple[float, ...] = ()
-    """What the loss function reported beside these two."""
-    extra: tuple[float, ...] = ()
-    """The caller's own numbers, summed over all ranks."""
-
-    @property
-    def loss(self) -> float:
-        """Mean loss a token, in nats."""
-        return self.loss_sum / self.tokens if self.tokens else math.nan
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did."""
-
-    totals: Totals
-    grad_norm: float
-    applied: bool
-    """False when a loss or gradient was not finite: parameters and optimizer state are as before."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """The task's own measurements of this step."""
 
 
 class MegatronEngine:
@@ -232,21 +193,7 @@ class MegatronEngine:
         )
 
     def _total(self, reports: list[torch.Tensor], extra: tuple[float, ...]) -> Totals:
-        # Doubles: token counts and hash parts of a thousand ranks stay exact.
-        own = 2 + self._num_reported
-        sums = torch.zeros(own + len(extra), dtype=torch.float64, device=self.context.device)
-        if reports and self.context.counts_once:
-            sums[:own] = torch.stack(reports).double().sum(dim=0)
-        if extra:
-            sums[own:] = torch.tensor(extra, dtype=torch.float64)
-        dist.all_reduce(sums, group=self.context.world)
-        loss_sum, tokens, *rest = sums.tolist()
-        return Totals(
-            loss_sum=loss_sum,
-            tokens=int(tokens) if math.isfinite(tokens) else 0,
-            reported=tuple(rest[: self._num_reported]),
-            extra=tuple(rest[self._num_reported :]),
-        )
+        return add_up(reports, extra, context=self.context, num_reported=self._num_reported)
 
     def _clip(self, grad_norm: float) -> None:
         if self.optim.clip > 0:
@@ -272,13 +219,19 @@ class MegatronEngine:
         for chunk in self.chunks:
             chunk.grad_accs.clear()
 
+    def whole(self) -> AbstractContextManager[Any]:
+        """A context in which every parameter of this rank is there: they always are."""
+        return nullcontext()
+
     def fragments(self) -> list[Fragment]:
         """This rank's part of the state, for a checkpoint."""
-        return state_fragments(self.shards, self.optimizer, self.context, distributed=self._distributed)
+        owned = owned_ranges(self.optimizer)
+        return state_fragments(self.shards, owned, self.context, distributed=self._distributed)
 
     def load(self, reader: FragmentReader, *, optimizer_steps: int) -> None:
-        """Take over the state of a checkpoint, whatever layout wrote it."""
-        load_fragments(self.shards, self.optimizer, self.context, reader, optimizer_steps=optimizer_steps)
+        """Take over the state of a checkpoint, whatever layout or engine wrote it."""
+        load_fragments(self.shards, owned_ranges(self.optimizer), self.context, reader)
+        set_steps(self.optimizer, optimizer_steps)
 
 
 def _prepare_torch_adam(optimizer: Any) -> None:

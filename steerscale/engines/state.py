@@ -4,8 +4,10 @@ Three kinds of Megatron-Core optimizer hold that state differently: the distribu
 plain ones whole local parameters, with (bf16) or without (fp32) a main copy of the weights. Here they all look alike.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -63,10 +65,17 @@ def _main_parameters(part: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tens
 
 
 def state_fragments(
-    shards: Sequence[tuple[Shard, torch.nn.Parameter]], optimizer: Any, context: ParallelContext, *, distributed: bool
+    shards: Sequence[tuple[Shard, torch.nn.Parameter]],
+    owned: Mapping[torch.nn.Parameter, OwnedRange],
+    context: ParallelContext,
+    *,
+    distributed: bool,
 ) -> list[Fragment]:
-    """What this rank has to write so that all ranks together write every element once."""
-    owned = owned_ranges(optimizer)
+    """What this rank has to write so that all ranks together write every element once.
+
+    Args:
+        owned: the optimizer state that this rank holds; `distributed`: and no other replica does.
+    """
     fragments: list[Fragment] = []
     for number, (shard, parameter) in enumerate(shards):
         replica = shard.dim is None and context.at.tensor != 0
@@ -81,7 +90,8 @@ def _cut(
     shard: Shard, parameter: torch.nn.Parameter, owned: OwnedRange, context: ParallelContext
 ) -> Iterator[Fragment]:
     size, rank = context.layout.tensor, context.at.tensor
-    for box in shard.boxes(parameter.shape, rank=rank, size=size):
+    local = local_shape(parameter)
+    for box in shard.boxes(local, rank=rank, size=size):
         low, high = max(owned.start, box.start), min(owned.stop, box.stop)
         if low >= high:
             continue
@@ -89,7 +99,7 @@ def _cut(
             yield Fragment(
                 kind=kind,
                 name=shard.name,
-                whole_shape=shard.whole_shape(parameter.shape, size=size),
+                whole_shape=shard.whole_shape(local, size=size),
                 offset=box.offset,
                 shape=box.shape,
                 start=low - box.start,
@@ -100,15 +110,14 @@ def _cut(
 @torch.no_grad()
 def load_fragments(
     shards: Sequence[tuple[Shard, torch.nn.Parameter]],
-    optimizer: Any,
+    owned: Mapping[torch.nn.Parameter, OwnedRange],
     context: ParallelContext,
     reader: FragmentReader,
     *,
-    optimizer_steps: int,
+    whole: Callable[[torch.nn.Parameter], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
-    """Fill this rank's weights, main weights and moments from a checkpoint of any layout and any of the three optimizers."""
-    owned = owned_ranges(optimizer)
-    load_weights(shards, context, reader)
+    """Fill this rank's weights, main weights and moments from a checkpoint of any layout and any engine."""
+    load_weights(shards, context, reader, whole=whole)
     for shard, parameter in shards:
         mine = owned.get(parameter)
         if mine is None:
@@ -116,24 +125,43 @@ def load_fragments(
         for kind, tensor in mine.tensors.items():
             values = _read(reader, kind, shard, parameter, context, start=mine.start, stop=mine.stop)
             tensor.copy_(values.reshape(tensor.shape))
+
+
+def set_steps(optimizer: Any, steps: int) -> None:
+    """Tell the parts of a Megatron-Core optimizer how many updates they have applied."""
     for part in optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             # The fused optimizers count per group, and before their first step not at all; torch's counts per parameter.
             if not isinstance(part.optimizer, torch.optim.AdamW):
-                group["step"] = optimizer_steps
+                group["step"] = steps
         for state in part.optimizer.state.values():
             if "step" in state:
-                state["step"].fill_(optimizer_steps)
+                state["step"].fill_(steps)
 
 
 @torch.no_grad()
 def load_weights(
-    shards: Sequence[tuple[Shard, torch.nn.Parameter]], context: ParallelContext, reader: FragmentReader
+    shards: Sequence[tuple[Shard, torch.nn.Parameter]],
+    context: ParallelContext,
+    reader: FragmentReader,
+    *,
+    whole: Callable[[torch.nn.Parameter], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
-    """Fill this rank's model parameters, without an optimizer: for sampling, evaluation and export."""
+    """Fill this rank's model parameters, without an optimizer: for sampling, evaluation and export.
+
+    Args:
+        whole: gives a context in which a parameter is there in its local shape (ZeRO-3 has but a part of it).
+    """
     for shard, parameter in shards:
-        values = _read(reader, "weight", shard, parameter, context, start=0, stop=parameter.numel())
-        parameter.copy_(values.reshape(parameter.shape))
+        shape = local_shape(parameter)
+        values = _read(reader, "weight", shard, parameter, context, start=0, stop=prod(shape))
+        with whole(parameter):
+            parameter.copy_(values.reshape(shape))
+
+
+def local_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Shape of this rank's shard; under ZeRO-3, which empties parameters between their uses, DeepSpeed remembers it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _read(
@@ -148,8 +176,9 @@ def _read(
 ) -> torch.Tensor:
     """Elements [start, stop) of the flattened local parameter."""
     pieces = []
-    whole_shape = shard.whole_shape(parameter.shape, size=context.layout.tensor)
-    for box in shard.boxes(parameter.shape, rank=context.at.tensor, size=context.layout.tensor):
+    local = local_shape(parameter)
+    whole_shape = shard.whole_shape(local, size=context.layout.tensor)
+    for box in shard.boxes(local, rank=context.at.tensor, size=context.layout.tensor):
         low, high = max(start, box.start), min(stop, box.stop)
         if low < high:
             pieces.append(

@@ -10,6 +10,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from steerscale.models.config import ModelConfig
@@ -79,7 +80,7 @@ class GPT(LanguageModule):
             )
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
-        _mark_tensor_parallel(self)
+        mark_tensor_parallel(self)
 
     def set_input_tensor(self, input_tensor: list[torch.Tensor | None] | torch.Tensor | None) -> None:
         """Called by the pipeline schedules: hidden states received from the stage before, [S, B, M]."""
@@ -120,7 +121,7 @@ class GPT(LanguageModule):
             return hidden
         weight = self.shared_embedding_or_output_weight() if self.model.tie_embeddings else None
         logits, _ = self.output_layer(hidden, weight=weight)
-        self._mask_padding(logits)
+        mask_padding(logits, self.model, self.pg_collection.tp)
         if labels_BS is None:
             return logits
         return self.compute_language_model_loss(labels_BS, logits)
@@ -132,20 +133,21 @@ class GPT(LanguageModule):
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
         return rotary_angles(positions_BS, self.model.head_width, self.model.rope_theta)
 
-    def _mask_padding(self, logits_SBV_local: torch.Tensor) -> None:
-        # Rows that pad the vocabulary must not take probability, or losses would depend on the padding.
-        columns = logits_SBV_local.shape[-1]
-        padding = self.pg_collection.tp.rank() * columns + columns - self.model.tokens
-        if padding > 0:
-            logits_SBV_local[..., columns - min(padding, columns) :] = float("-inf")
-
 
 def build_chunks(model: ModelConfig, config: TransformerConfig, context: ParallelContext) -> list[GPT]:
     """All chunks of this rank's stage, on its device, with weights still to be filled."""
     return [GPT(model, config, context, chunk=index) for index in range(context.layout.virtual_pipeline)]
 
 
-def _mark_tensor_parallel(module: torch.nn.Module) -> None:
+def mask_padding(logits_SBV_local: torch.Tensor, model: ModelConfig, group: dist.ProcessGroup) -> None:
+    """Set the logits of rows that pad the vocabulary to -inf, or losses would depend on the padding. `group`: tensor."""
+    columns = logits_SBV_local.shape[-1]
+    padding = group.rank() * columns + columns - model.tokens
+    if padding > 0:
+        logits_SBV_local[..., columns - min(padding, columns) :] = float("-inf")
+
+
+def mark_tensor_parallel(module: torch.nn.Module) -> None:
     """Record on each weight how it is cut: the gradient norm, checkpoints and `sharding` read it.
 
     Megatron-Core before 0.19 does so only while it draws the weights itself, which ours are not.
@@ -182,17 +184,17 @@ def transformer_config(
     model: ModelConfig,
     context: ParallelContext,
     *,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     recompute: Literal["none", "selective", "full"] = "none",
 ) -> TransformerConfig:
     """Megatron-Core's configuration of `model` on the layout of `context`.
 
     Args:
-        precision: "fp32" or "bf16" (parameters and activations; gradients are reduced in fp32 either way).
+        precision: "fp32", "bf16" or "fp16": parameters and activations.
         recompute: "none", "selective" (the core attention) or "full" (every block).
     """
     layout, on_cuda = context.layout, context.device.type == "cuda"
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     interleaved = layout.virtual_pipeline > 1
     full = recompute == "full"
     return TransformerConfig(
@@ -219,6 +221,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
+        fp16=precision == "fp16",
         # Losses are summed over tokens and divided once by their number in the whole global batch: exact for any
         # split into micro-batches and replicas, masked tokens included.
         calculate_per_token_loss=True,

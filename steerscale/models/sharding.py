@@ -5,18 +5,31 @@ formats, and gathering parameters to compare runs. See `parallel.shards` for wha
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from steerscale.models.config import ModelConfig
-from steerscale.models.gpt import GPT, output_std
+from steerscale.models.gpt import output_std
 from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.shards import Shard, seed_of
 
 
-def named_shards(chunks: Iterable[GPT]) -> Iterator[tuple[Shard, torch.nn.Parameter]]:
+class Chunk(Protocol):
+    """A part of a GPT: a pipeline chunk of it, or a single layer."""
+
+    model: ModelConfig
+    first_layer: int
+    """Number of the first transformer layer in it."""
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Named as in a GPT, with layers counted from `first_layer`."""
+        ...
+
+
+def named_shards(chunks: Iterable[Chunk]) -> Iterator[tuple[Shard, torch.nn.Parameter]]:
     """Every parameter of this rank's model chunks with its place in the whole model.
 
     The head's copy of a tied embedding (pipelines only) comes under the embedding's name: it is the same parameter.
@@ -26,7 +39,7 @@ def named_shards(chunks: Iterable[GPT]) -> Iterator[tuple[Shard, torch.nn.Parame
             yield _shard(chunk, name, parameter), parameter
 
 
-def _shard(chunk: GPT, name: str, parameter: torch.nn.Parameter) -> Shard:
+def _shard(chunk: Chunk, name: str, parameter: torch.nn.Parameter) -> Shard:
     name = re.sub(r"^decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{int(m[1]) + chunk.first_layer}", name)
     duplicate = chunk.model.tie_embeddings and name == "output_layer.weight"
     if duplicate:
@@ -38,7 +51,7 @@ def _shard(chunk: GPT, name: str, parameter: torch.nn.Parameter) -> Shard:
 
 
 @torch.no_grad()
-def initialize_parameters(chunks: Iterable[GPT], context: ParallelContext, *, seed: int) -> None:
+def initialize_parameters(chunks: Sequence[Chunk], context: ParallelContext, *, seed: int) -> None:
     """Draw initial weights that depend on the seed and each parameter's global name alone, never on the layout.
 
     Normal with std `init_std`, scaled by 1/sqrt(2 L) for projections into the residual stream (GPT-2); norms at one, biases
@@ -53,7 +66,7 @@ def initialize_parameters(chunks: Iterable[GPT], context: ParallelContext, *, se
         whole = torch.empty(whole_shape, dtype=torch.float32, device=parameter.device)
         if whole.device.type != "meta":
             generator = torch.Generator(device=whole.device).manual_seed(seed_of(seed, shard.name))
-            whole.normal_(0.0, _std(shard.name, next(iter(chunks)).model), generator=generator)
+            whole.normal_(0.0, _std(shard.name, chunks[0].model), generator=generator)
         parameter.copy_(shard.take(whole, rank=rank, size=size))
 
 
@@ -62,7 +75,7 @@ def _std(name: str, model: ModelConfig) -> float:
     return output_std(model) if into_residual else model.init_std
 
 
-def gather_parameters(chunks: Iterable[GPT], context: ParallelContext) -> dict[str, torch.Tensor]:
+def gather_parameters(chunks: Sequence[Chunk], context: ParallelContext) -> dict[str, torch.Tensor]:
     """The whole model's parameters by global name, on the CPU of every rank. For tests and exports of small models.
 
     Two all-gathers of objects: shards over the tensor group, whole parameters over the pipeline group.

@@ -18,10 +18,9 @@ import torch
 import torch.distributed as dist
 
 from steerscale.checkpoint.store import CheckpointStore
-from steerscale.engines.megatron import MegatronEngine
+from steerscale.engines.base import Engine
 from steerscale.metrics import Recorder, read_records
-from steerscale.models.gpt import GPT
-from steerscale.models.sharding import gather_parameters
+from steerscale.models.sharding import Chunk, gather_parameters
 from steerscale.optim import learning_rate
 from steerscale.parallel.context import ParallelContext, initialize
 from steerscale.train.config import RunConfig
@@ -115,8 +114,9 @@ def train_curve(config: RunConfig, prepare: Callable[[GPTTask], None] | None = N
                 progress=Progress(),
             )
             assert loop.run()
-        disagreements = _disagreements(task.engine, context)
-        parameters = gather_parameters(cast("list[GPT]", task.engine.unwrapped), context)
+            with task.engine.whole():
+                disagreements = _disagreements(task.engine, context)
+                parameters = gather_parameters(cast("list[Chunk]", task.engine.unwrapped), context)
         return _read_curve(config, parameters, disagreements) if context.rank == 0 else None
 
 
@@ -136,7 +136,7 @@ def _read_curve(config: RunConfig, parameters: dict[str, torch.Tensor], disagree
     )
 
 
-def _disagreements(engine: MegatronEngine, context: ParallelContext) -> list[str]:
+def _disagreements(engine: Engine, context: ParallelContext) -> list[str]:
     """Compare replicas, norms of tensor ranks, and both ends of a pipeline with tied embeddings."""
     own = [
         (shard.name, None if shard.dim is None else context.at.tensor, _digest(parameter))

@@ -7,7 +7,7 @@ from steerscale.activations.config import StreamConfig
 from steerscale.checkpoint.config import CheckpointConfig
 from steerscale.config import require
 from steerscale.data.config import DataConfig
-from steerscale.engines.config import EngineConfig
+from steerscale.engines.config import EngineConfig, check_engine
 from steerscale.errors import ConfigError, LayoutError
 from steerscale.models.config import ModelConfig
 from steerscale.models.hook_points import KINDS, hook_point
@@ -157,7 +157,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Degrees and batch sizes."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """Precision, recompute, optimizer sharding."""
+    """Megatron-Core or DeepSpeed, precision, recompute, optimizer sharding."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """AdamW and its schedule."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -12,13 +12,19 @@ from steerscale.checkpoint.fragments import Fragment, FragmentReader
 from steerscale.data.consumed import ConsumedHash
 from steerscale.data.dataset import SampleStream
 from steerscale.data.loader import MicroBatch, MicroBatchLoader
-from steerscale.engines.megatron import MegatronEngine, StepResult, Timer, Totals
+from steerscale.engines.base import Engine, StepResult, Timer, Totals
+from steerscale.engines.deepspeed import DeepSpeedEngine
+from steerscale.engines.deepspeed_pipeline import DeepSpeedPipelineEngine, Pipeline
+from steerscale.engines.megatron import MegatronEngine
 from steerscale.errors import ConfigError
 from steerscale.models.gpt import build_chunks, transformer_config
+from steerscale.models.gpt_layers import BlockLayer, gpt_layers, losses_of
 from steerscale.models.hf.load import load_hf
-from steerscale.models.sharding import initialize_parameters, named_shards
-from steerscale.parallel.context import ParallelContext
+from steerscale.models.sharding import Chunk, initialize_parameters, named_shards
+from steerscale.parallel.context import ParallelContext, stage_context
 from steerscale.parallel.layout import ParallelLayout
+from steerscale.parallel.megatron import TransformerConfig
+from steerscale.parallel.shards import Shard
 from steerscale.planning.flops import model_flops_per_token
 from steerscale.planning.throughput import throughput
 from steerscale.train.config import FREE_MODEL_KEYS, RunConfig
@@ -32,7 +38,7 @@ class GPTTask:
     """A GPT on packed text. Build with `build_gpt_task`."""
 
     def __init__(
-        self, *, config: RunConfig, context: ParallelContext, engine: MegatronEngine, peak_tflops: float | None
+        self, *, config: RunConfig, context: ParallelContext, engine: Engine, peak_tflops: float | None
     ) -> None:
         if config.data is None:
             raise ConfigError("data.path or data.blend must be given to train")
@@ -144,24 +150,61 @@ class GPTTask:
 
 def build_gpt_task(config: RunConfig, context: ParallelContext, *, peak_tflops: float | None = None) -> GPTTask:
     """Model chunks of this rank with their initial weights (drawn or imported), the engine, and the data."""
-    engine_config = config.engine
-    transformer = transformer_config(
-        config.model, context, precision=engine_config.precision, recompute=engine_config.recompute
-    )
+    engine = _deepspeed_engine(config, context) if config.engine.name == "deepspeed" else _engine(config, context)
+    return GPTTask(config=config, context=context, engine=engine, peak_tflops=peak_tflops)
+
+
+def _engine(config: RunConfig, context: ParallelContext) -> MegatronEngine:
+    transformer = _transformer_config(config, context)
     chunks = build_chunks(config.model, transformer, context)
+    return MegatronEngine(
+        chunks,
+        shards=_filled(chunks, config, context),
+        config=transformer,
+        engine=config.engine,
+        optim=config.optim,
+        context=context,
+    )
+
+
+def _deepspeed_engine(config: RunConfig, context: ParallelContext) -> Engine:
+    common: Any = {"engine": config.engine, "optim": config.optim, "context": context, "tokens": _tokens}
+    alone = stage_context(context)  # DeepSpeed owns the pipeline: layers see none
+    transformer = _transformer_config(config, alone)
+    if context.layout.pipeline == 1:
+        (chunk,) = build_chunks(config.model, transformer, context)
+        return DeepSpeedEngine(chunk, shards=_filled([chunk], config, context), **common)
+    pipeline = Pipeline(
+        plans=gpt_layers(config.model, transformer, alone),
+        spread=BlockLayer,
+        inputs=lambda batch: tuple(
+            tensor for tensor in (batch.tokens_BS, batch.positions_BS, batch.documents_BS) if tensor is not None
+        ),
+        outputs=lambda logits, tokens, positions, documents, labels: losses_of(logits, labels),
+        prepare=lambda layers: _filled(cast("Sequence[Chunk]", layers), config, context),
+    )
+    return DeepSpeedPipelineEngine(pipeline, **common)
+
+
+def _transformer_config(config: RunConfig, context: ParallelContext) -> TransformerConfig:
+    return transformer_config(
+        config.model, context, precision=config.engine.precision, recompute=config.engine.recompute
+    )
+
+
+def _filled(
+    chunks: Sequence[Chunk], config: RunConfig, context: ParallelContext
+) -> list[tuple[Shard, torch.nn.Parameter]]:
+    """Give the chunks their initial weights; their shards."""
     if config.train.init_from is None:
         initialize_parameters(chunks, context, seed=config.seed)
     else:
         load_hf(Path(config.train.init_from), chunks, context)
-    engine = MegatronEngine(
-        chunks,
-        shards=list(named_shards(chunks)),
-        config=transformer,
-        engine=engine_config,
-        optim=config.optim,
-        context=context,
-    )
-    return GPTTask(config=config, context=context, engine=engine, peak_tflops=peak_tflops)
+    return list(named_shards(chunks))
+
+
+def _tokens(batch: MicroBatch) -> torch.Tensor:
+    return batch.loss_mask_BS.sum()
 
 
 def sum_losses(losses_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from steerscale.checkpoint.fragments import Fragment, FragmentReader
-from steerscale.engines.megatron import StepResult, Timer
+from steerscale.engines.base import StepResult, Timer
 from steerscale.errors import CheckpointError
 from steerscale.parallel.layout import ParallelLayout
 

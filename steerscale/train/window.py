@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from steerscale.engines.megatron import StepResult
+from steerscale.engines.base import StepResult
 from steerscale.parallel.layout import ParallelLayout
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from steerscale.checkpoint.fragments import FragmentReader, write_fragments, write_index
-from steerscale.engines.state import load_fragments, owned_ranges, state_fragments
+from steerscale.engines.state import load_fragments, owned_ranges, set_steps, state_fragments
 from steerscale.parallel.shards import Shard
 
 
@@ -54,10 +54,11 @@ def test_fused_optimizer_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     shards, adam, optimizer = _build()
     for _ in range(3):
         adam.step()
-    fragments = state_fragments(shards, optimizer, CONTEXT, distributed=False)
+    fragments = state_fragments(shards, owned_ranges(optimizer), CONTEXT, distributed=False)
     write_index(write_fragments(fragments, tmp_path / "rank_00000.safetensors"), tmp_path)
     resumed_shards, resumed, resumed_optimizer = _build()
-    load_fragments(resumed_shards, resumed_optimizer, CONTEXT, FragmentReader(tmp_path), optimizer_steps=3)
+    load_fragments(resumed_shards, owned_ranges(resumed_optimizer), CONTEXT, FragmentReader(tmp_path))
+    set_steps(resumed_optimizer, 3)
     for one in (adam, resumed):
         one.step()
     assert torch.equal(resumed_shards[0][1], shards[0][1])

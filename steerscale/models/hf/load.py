@@ -7,17 +7,16 @@ import torch
 
 from steerscale.errors import CheckpointError, ConfigError
 from steerscale.models.config import ModelConfig
-from steerscale.models.gpt import GPT
 from steerscale.models.hf.families import read_config
 from steerscale.models.hf.recipes import Family, Recipe
 from steerscale.models.hf.tensors import TensorFiles, open_tensors
-from steerscale.models.sharding import named_shards
+from steerscale.models.sharding import Chunk, named_shards
 from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.shards import Box
 
 
 @torch.no_grad()
-def load_hf(directory: Path, chunks: Sequence[GPT], context: ParallelContext) -> None:
+def load_hf(directory: Path, chunks: Sequence[Chunk], context: ParallelContext) -> None:
     """Fill this rank's model chunks with the weights in a Hugging Face directory. No communication.
 
     The optimizer copies weights when it is built: load before that. `seq_len` may be shorter than the file's learned
