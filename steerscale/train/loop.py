@@ -16,7 +16,7 @@ import torch.distributed as dist
 from steerscale.checkpoint.store import CheckpointStore
 from steerscale.data.consumed import ConsumedHash
 from steerscale.data.order import Skip
-from steerscale.engines.megatron import StepResult
+from steerscale.engines.base import StepResult
 from steerscale.errors import CheckpointError, TrainingError
 from steerscale.metrics import Recorder, console_line, evaluation_lines
 from steerscale.optim import learning_rate
