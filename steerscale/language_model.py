@@ -74,7 +74,6 @@ class LanguageModel:
         """Token ids of a text as the model was trained to see its beginning."""
         return [*self.prefix, *self.tokenizer.encode(text)] or [self.tokenizer.eos_id]
 
-    @torch.no_grad()
     def logits(
         self,
         tokens_BS: torch.Tensor,
@@ -82,6 +81,7 @@ class LanguageModel:
         *,
         positions_BS: torch.Tensor | None = None,
         at_B: torch.Tensor | None = None,
+        gradients: bool = False,
     ) -> torch.Tensor | None:
         """Logits float32 [B, S, V] on every tensor rank of the last stage, None on others.
 
@@ -89,16 +89,18 @@ class LanguageModel:
             functions: to be called at these hook points; see `models.hooks.hooked`.
             positions_BS: of the tokens; None: 0 .. S-1.
             at_B: index into the sequence for each row: its logits [B, V] are all that is gathered.
+            gradients: keep what is needed to differentiate the logits with respect to what functions returned; no pipeline.
         One all-gather of the logits over the tensor group.
         """
         length = tokens_BS.shape[1]
-        output = self._forward(tokens_BS, functions or {}, positions_BS=positions_BS)
-        if output is None:
-            return None
-        logits_BSV_local = output.transpose(0, 1)[:, :length]
-        if at_B is not None:
-            logits_BSV_local = logits_BSV_local[torch.arange(len(at_B), device=at_B.device), at_B]
-        return self.gather_vocabulary(logits_BSV_local)
+        with torch.set_grad_enabled(gradients):
+            output = self._forward(tokens_BS, functions or {}, positions_BS=positions_BS)
+            if output is None:
+                return None
+            logits_BSV_local = output.transpose(0, 1)[:, :length]
+            if at_B is not None:
+                logits_BSV_local = logits_BSV_local[torch.arange(len(at_B), device=at_B.device), at_B]
+            return self.gather_vocabulary(logits_BSV_local)
 
     @torch.no_grad()
     def losses(

@@ -1,10 +1,10 @@
-"""`steerscale sae`: `cost` is here, `convert`, `eval`, `features` and `browse` in modules of their own."""
+"""`steerscale sae`: `cost` is here, `convert`, `eval`, `features`, `find` and `browse` in modules of their own."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerscale.cli import sae_browse, sae_convert, sae_eval, sae_features
+from steerscale.cli import sae_browse, sae_convert, sae_eval, sae_features, sae_find
 from steerscale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     sae_convert.add_parser(commands)
     sae_eval.add_parser(commands)
     sae_features.add_parser(commands)
+    sae_find.add_parser(commands)
     sae_browse.add_parser(commands)
 
 

@@ -41,7 +41,17 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, *, temperature: float,
         metavar="TEXT",
         help="text to go on from; several times for several texts (default: the start of a document)",
     )
-    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="new tokens (default: %(default)s)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    add_sampling_arguments(parser, max_tokens=64, temperature=temperature, top_p=top_p)
+
+
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser, *, max_tokens: int, temperature: float, top_p: float
+) -> None:
+    """How tokens are chosen, and how many."""
+    parser.add_argument(
+        "--max-tokens", type=int, default=max_tokens, metavar="N", help="new tokens (default: %(default)s)"
+    )
     parser.add_argument(
         "--temperature", type=float, default=temperature, metavar="T", help="0 is greedy (default: %(default)s)"
     )
@@ -55,7 +65,6 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, *, temperature: float,
     parser.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 against loops (default: off)"
     )
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: %(default)s)")
 
 
@@ -66,7 +75,7 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_of(args: argparse.Namespace) -> "Sampling":
-    """The settings of `add_prompt_arguments`."""
+    """The settings of `add_sampling_arguments`."""
     from steerscale.sampling import Sampling
 
     return Sampling(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from steerscale.cli.sae_source import add_source_arguments
 from steerscale.cli.sample import add_layout_arguments, add_prompt_arguments, layout_of, sampling_of, token_table
+from steerscale.cli.steer_sweep import sweep_parser
 from steerscale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def add_parser(subparsers: Any) -> None:
         "steer",
         help="change what a model says by latents of an SAE or a recipe",
         description="Change a language model's activations by latents of an SAE, or as a recipe file says; show the next "
-        "token's distribution, the text and the loss on other text with and without it (docs/steering.md).",
+        "token's distribution, the text and the loss on other text with and without it (docs/steering.md). "
+        "`steerscale steer sweep RECIPE.yaml ...` measures strengths and baselines; see its --help.",
     )
     add_source_arguments(parser, source="RECIPE.yaml|RUN|SAE")
     parser.add_argument(
@@ -52,6 +54,19 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--save", type=Path, metavar="FILE.yaml", help="write what was asked for as a recipe")
     add_layout_arguments(parser)
     parser.set_defaults(run=run)
+    _begins_with(parser, "sweep", sweep_parser())
+
+
+def _begins_with(parser: argparse.ArgumentParser, word: str, other: argparse.ArgumentParser) -> None:
+    """Leave a command line that begins with `word` to another parser: argparse has no sub-commands beside an argument."""
+    usual = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+        if args and args[0] == word:
+            return other.parse_known_args(args[1:], namespace)
+        return usual(args, namespace)
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,11 +11,13 @@ import torch
 from steerscale.cli import main
 from steerscale.errors import ConfigError
 from steerscale.generation import generate
+from steerscale.interp.combine import chained, weighted
 from steerscale.interp.features import describe_latents
-from steerscale.interp.interventions import capture
-from steerscale.interp.steering import Edit, Effect, Steering, effect, held_out_loss
+from steerscale.interp.interventions import add_direction, capture, patch
+from steerscale.interp.steering import Edit, Effect, Steering, When, effect, held_out_loss
 from steerscale.interp.steering_plot import plot_effect
 from steerscale.language_model import LanguageModel
+from steerscale.models.config import ModelConfig
 from steerscale.models.hooks import HookFunction
 from steerscale.parallel.context import initialize
 from steerscale.parallel.layout import ParallelLayout
@@ -35,14 +37,16 @@ LAYOUTS = {
     "TP2": ParallelLayout(tensor=2),
     "PP2": ParallelLayout(pipeline=2),
     "TP2+SPxPP2": ParallelLayout(tensor=2, sequence=True, pipeline=2),
+    "TP3xPP2": ParallelLayout(tensor=3, pipeline=2),
 }
+THIRDS = replace(GPT2, num_heads=6, pad_vocab_to=24)  # what three ranks can share
 TOKENS = torch.randint(61, (3, 9), generator=torch.Generator().manual_seed(2))
 D = GPT2.d_model
 EDITS = [Edit(latent=3, value=4.0), Edit(latent=70, value=0.0, mode="scale"), Edit(latent=41, value=1.5, mode="add")]
 
 
-def model(context: object) -> LanguageModel:
-    return LanguageModel(build_random(GPT2, context), context)  # type: ignore[arg-type]
+def model(context: object, config: ModelConfig = GPT2) -> LanguageModel:
+    return LanguageModel(build_random(config, context), context)  # type: ignore[arg-type]
 
 
 def logits_of(lm: LanguageModel, functions: Mapping[str, HookFunction] | None = None) -> torch.Tensor:
@@ -108,6 +112,9 @@ def test_no_change_is_no_change_bit_by_bit() -> None:
         assert torch.signbit(function(zeros.clone())).all()  # type: ignore[arg-type]
         silent = [Edit(latent=3, value=9.0, where="active")]
         assert torch.equal(logits_of(lm, Steering(silent_sae(D), silent).functions(lm)), plain)
+        nowhere = [Edit(latent=3, value=4.0, when=When(latent=9, above=1e9)), Edit(latent=70, value=2.0, strength=0.0)]
+        assert torch.equal(logits_of(lm, Steering(sae, nowhere).functions(lm)), plain)
+        assert torch.equal(logits_of(lm, {HOOK: weighted(lm, add_direction(torch.ones(D)), 0.0)}), plain)
 
 
 def test_special_tokens_and_first_positions_are_spared_unless_asked_for() -> None:
@@ -133,31 +140,52 @@ def test_special_tokens_and_first_positions_are_spared_unless_asked_for() -> Non
     assert [result.tokens for result in cached] == [result.tokens for result in anew]
 
 
-def steer(layout: ParallelLayout) -> dict[str, np.ndarray | float] | None:
-    """What steering does, where the logits are."""
+def steer(layout: ParallelLayout, config: ModelConfig) -> dict[str, np.ndarray | list[int]]:
+    """What steering does, as far as this rank knows: texts everywhere, the rest where the logits are."""
     with initialize(layout) as context:
-        lm = model(context)
-        found = {}
+        lm = model(context, config)
+        found: dict[str, np.ndarray | list[int]] = {}
         for architecture in ("relu", "topk"):
             functions = Steering(random_sae(D, architecture), EDITS).functions(lm)
+            way = weighted(lm, add_direction(torch.linspace(-1, 1, D)), 0.5, spare_first=2)
+            functions[HOOK] = chained([functions[HOOK], way])
             logits, told = lm.logits(TOKENS, functions), effect(lm, functions, TOKENS[0].tolist())
             loss = held_out_loss(lm, functions, [TOKENS[:2], TOKENS[2:]])
+            (text,) = generate(lm, [TOKENS[0].tolist()], GREEDY, max_tokens=4, functions=functions)
+            found[f"{architecture} text"] = text.tokens
             if logits is not None and told is not None and loss is not None:
                 found[architecture] = logits.numpy()
                 found[f"{architecture} numbers"] = np.array([told.kl, loss.before, loss.after, loss.tokens])
-        return found or None
+        return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parity_steering(layout: str, pool: RankPool) -> None:
-    expected = steer(ONE)
-    ranks = pool.run(steer, LAYOUTS[layout], ranks=LAYOUTS[layout].world_size)
-    found = [rank for rank in ranks if rank is not None]
-    assert len(found) == LAYOUTS[layout].tensor
-    assert expected is not None
-    for rank in found:
-        for name, value in expected.items():
-            np.testing.assert_allclose(rank[name], value, rtol=0, atol=ATOL, err_msg=name)
+    config = THIRDS if LAYOUTS[layout].tensor == 3 else GPT2
+    expected = steer(ONE, config)
+    ranks = pool.run(steer, LAYOUTS[layout], config, ranks=LAYOUTS[layout].world_size)
+    assert sum("relu" in found for found in ranks) == LAYOUTS[layout].tensor
+    for found in ranks:
+        assert set(found) in (set(expected), {"relu text", "topk text"})
+        for name, value in found.items():
+            np.testing.assert_allclose(value, expected[name], rtol=0, atol=ATOL, err_msg=name)
+
+
+def test_the_sum_of_deltas_is_direct_patching() -> None:
+    sae = random_sae(D)
+    whole = Steering(sae, EDITS)
+    with initialize(ONE) as context:
+        lm = model(context)
+        x_BSM = capture(lm, TOKENS, [HOOK])[HOOK]
+        parts = [Steering(sae, [edit]).delta(x_BSM) for edit in EDITS]
+        plain, patched = logits_of(lm), logits_of(lm, {HOOK: patch(x_BSM + sum(parts))})
+        steered = logits_of(lm, whole.functions(lm))
+        one_by_one = logits_of(lm, {HOOK: chained([add_direction(part[0, 0]) for part in parts])})
+        added = logits_of(lm, {HOOK: add_direction(sum(part[0, 0] for part in parts))})  # type: ignore[arg-type]
+    torch.testing.assert_close(whole.delta(x_BSM), sum(parts), rtol=0, atol=ATOL)
+    torch.testing.assert_close(steered, patched, rtol=0, atol=ATOL)
+    torch.testing.assert_close(one_by_one, added, rtol=0, atol=ATOL)
+    assert float((steered - plain).abs().max()) > 0.1
 
 
 def test_effect_and_loss_are_what_they_say(tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""Latents are found by what they do: figures against plain definitions, gradients against finite differences."""
+
+import pytest
+import torch
+
+from steerscale.errors import ConfigError
+from steerscale.interp import find
+from steerscale.interp.find import Activity, label_figures, target_gradient
+from steerscale.interp.interventions import logit_effect, patch
+from steerscale.language_model import LanguageModel
+from steerscale.parallel.context import initialize
+from steerscale.parallel.layout import ParallelLayout
+from steerscale.testing.ranks import RankPool
+from tests.interp.saes import HOOK, random_sae
+from tests.models.gpts import GPT2, build_random
+
+ONE = ParallelLayout()
+D = GPT2.d_model
+PROMPT = torch.randint(61, (9,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def sparse(values_VJ: torch.Tensor) -> Activity:
+    place, latent = values_VJ.nonzero().T
+    return Activity(
+        latent_n=latent,
+        place_n=place,
+        value_n=values_VJ[place, latent],
+        num_latents=values_VJ.shape[1],
+        num_places=len(values_VJ),
+    )
+
+
+def test_auc_counts_pairs_and_ties() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-3, 4, (40, 6), generator=generator).clamp_min(0).float() / 2
+    values[:, 5] = 0
+    has = torch.rand(40, generator=generator) < 0.3
+    found = label_figures(sparse(values), has)
+    for latent in range(6):
+        inside, outside = values[has, latent], values[~has, latent]
+        pairs = (inside[:, None] > outside).double() + 0.5 * (inside[:, None] == outside).double()
+        assert float(found["auc"][latent]) == pytest.approx(float(pairs.mean()))
+        assert float(found["inside"][latent]) == pytest.approx(float(inside.mean()))
+        assert float(found["active outside"][latent]) == pytest.approx(float((outside > 0).double().mean()))
+    assert float(found["auc"][5]) == 0.5
+    with pytest.raises(ConfigError, match="0 places have the label and 40"):
+        label_figures(sparse(values), torch.zeros(40, dtype=torch.bool))
+
+
+def test_pooling_is_the_mean_of_each_text() -> None:
+    values = torch.rand(7, 4, generator=torch.Generator().manual_seed(0)) - 0.5
+    values = values.clamp_min(0)
+    text = torch.tensor([0, 0, 1, 1, 1, 2, 2])
+    pooled = sparse(values).pooled(text)
+    dense = torch.zeros(3, 4)
+    dense[pooled.place_n, pooled.latent_n] = pooled.value_n
+    torch.testing.assert_close(dense, torch.stack([values[text == number].mean(dim=0) for number in range(3)]))
+
+
+def test_pattern_labels_words_and_signs() -> None:
+    (example, other) = find.pattern_examples(["In May 2024, he said.", "No date"], r"\d+|May")
+    labels = {example.text[span.begin : span.end]: span.label for span in example.spans}
+    assert labels == {
+        "In": "other",
+        "May": "match",
+        "2024": "match",
+        ",": "other",
+        "he": "other",
+        "said": "other",
+        ".": "other",
+    }
+    assert {span.label for span in other.spans} == {"other"}
+    with pytest.raises(ConfigError, match="no regular expression"):
+        find.pattern_examples(["x"], "(")
+
+
+def gradient(layout: ParallelLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    with initialize(layout) as context:
+        lm = LanguageModel(build_random(GPT2, context), context)
+        return target_gradient(lm, PROMPT, 7, HOOK)
+
+
+def test_gradient_is_what_a_small_change_does(pool: RankPool) -> None:
+    x_SM, gradient_SM = gradient(ONE)
+    step = torch.randn(x_SM.shape, generator=torch.Generator().manual_seed(1)) * 1e-2
+    with initialize(ONE) as context:
+        lm = LanguageModel(build_random(GPT2, context), context)
+        after, before = (
+            lm.logits(torch.tensor([PROMPT]), {HOOK: patch((x_SM + sign * step)[None])})[0, -1].log_softmax(-1)[7]  # type: ignore[index]
+            for sign in (1, -1)
+        )
+    assert float(after - before) / 2 == pytest.approx(float((gradient_SM * step).sum()), rel=0.02)
+    for part_x, part_gradient in pool.run(gradient, ParallelLayout(tensor=2), ranks=2):
+        torch.testing.assert_close(part_x, x_SM, rtol=0, atol=2e-5)
+        torch.testing.assert_close(part_gradient, gradient_SM, rtol=0, atol=2e-5)
+
+
+def test_attribution_direct_effect_and_direction_add_up() -> None:
+    sae = random_sae(D)
+    with initialize(ONE) as context:
+        lm = LanguageModel(build_random(GPT2, context), context)
+        x_SM, gradient_SM = target_gradient(lm, PROMPT, 7, HOOK)
+        found = find.find_by_attribution(lm, sae, [PROMPT], 7, hook=HOOK, count=96)
+        direct = find.find_by_direct_effect(lm, sae, 7, count=96)
+        effect_JV = logit_effect(lm, sae.W_dec / 1.7)
+    assert effect_JV is not None
+    parts = sae.encode(x_SM) @ sae.W_dec / 1.7
+    total = float((parts * gradient_SM).sum())
+    assert sum(one.figures["attribution"] for one in found) == pytest.approx(total, rel=1e-3)
+    assert found[0].figures["attribution"] == max(one.figures["attribution"] for one in found)
+    z_J = (effect_JV[:, 7] - effect_JV.mean(dim=1)) / effect_JV.std(dim=1, correction=0)
+    assert [one.latent for one in direct[:5]] == z_J.topk(5).indices.tolist()
+    assert direct[0].figures["z"] == pytest.approx(float(z_J.max()), rel=1e-3)
+    best = find.find_by_direction(sae, sae.W_dec[17] * 3, count=1)[0]
+    assert best.latent == 17
+    assert best.figures["decoder"] == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ConfigError, match="width 5"):
+        find.find_by_direction(sae, torch.ones(5))
