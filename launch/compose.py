@@ -124,7 +124,8 @@ def defaults_of(cls: type) -> dict[str, Any]:
     for field in dataclasses.fields(cls):
         nested = section(hints[field.name])
         # An optional section without which no run is possible (data) is spelled out; others (ramp_up) stay null.
-        if nested is not None and (field.default is not None or field.name == "data"):
+        named = _holds(hints[field.name], dict)  # sections under names of the user's
+        if nested is not None and not named and (field.default is not None or field.name == "data"):
             defaults[field.name] = defaults_of(nested)
         elif field.default is not dataclasses.MISSING:
             defaults[field.name] = field.default
@@ -214,6 +215,9 @@ def _check_key(text: str, key: str, value: Any, schema: type) -> str:
                 return _as_text(text, value) if str in typing.get_args(hint)[1:] else text
             above = ".".join(path[:depth])
             raise ConfigError(f"unknown key {key!r}: {above} is a value without keys of its own, write {above}=VALUE")
+        if _holds(hint, dict):
+            hint = cls
+            continue
         hints = typing.get_type_hints(cls)
         if part not in hints:
             known = [*hints, *groups()] if depth == 0 and schema is RunConfig else list(hints)

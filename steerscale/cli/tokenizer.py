@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from steerscale.cli import tokenizer_eval
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register `steerscale tokenizer`."""
@@ -30,8 +32,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     segment.add_argument("inputs", nargs="+", metavar="INPUT", help="text file (also compressed), or sample:german")
     segment.add_argument("-o", "--output", type=Path, required=True, help="new .tsv: a word, a tab and its morphemes a line")
     segment.add_argument("--segmentation", default="morfessor", metavar="FROM", help="as for train (default: morfessor)")
+    segment.add_argument("--also", type=Path, metavar="FILE.tsv", help="cut this table's words too, but do not learn from them")
     add_reading_arguments(segment)
     segment.set_defaults(run=_segment)
+    tokenizer_eval.add_parser(commands)
     show = commands.add_parser("show", help="what a tokenizer is, and how it cuts a text")
     show.add_argument("tokenizer", type=Path, help="tokenizer directory, ours or of a Hugging Face model")
     show.add_argument("text", nargs="?", help="a text to tokenize")
@@ -80,14 +84,16 @@ def _segment(args: argparse.Namespace) -> None:
     from steerscale.data.sources import find_sources
     from steerscale.errors import DataError
     from steerscale.tokenizers.morph_bpe import letter_words
+    from steerscale.tokenizers.morph_lexicon import read_gold
     from steerscale.tokenizers.morph_segment import find_segmentation, write_segmentation
     from steerscale.tokenizers.morph_words import count_words
 
     if args.output.exists():
         raise DataError(f"{args.output} exists already: choose another output file")
     texts = read_texts(find_sources(args.inputs, format=args.format), Reading(args.documents, args.text_key))
-    words = letter_words(count_words(texts))
-    cut = write_segmentation(args.output, words, find_segmentation(args.segmentation, words))
+    counted = letter_words(count_words(texts))
+    words = {*counted, *(read_gold(args.also) if args.also else ())}
+    cut = write_segmentation(args.output, words, find_segmentation(args.segmentation, counted))
     print(f"{args.output}: {cut:,} of {len(words):,} different words have several morphemes")
 
 

@@ -19,6 +19,7 @@ from steerscale.train.config import RunConfig
 
 MARK, RESULTS = "stage.json", "results.json"
 EXPERIMENTS = {
+    "morph_bpe": "steerscale.experiments.morph_bpe",
     "othello": "steerscale.experiments.othello",
     "superposition": "steerscale.experiments.superposition",
 }

@@ -50,6 +50,17 @@ def write_segmentation(path: Path, words: Iterable[str], segmentation: Segmentat
     return len(rows)
 
 
+def cut_by(table: Mapping[str, Sequence[int]]) -> Callable[[str], list[bytes]]:
+    """Words cut at the borders that a table has for them, if it has any."""
+    segmentation = in_any_case(_from_table(table))
+
+    def cut(word: str) -> list[bytes]:
+        cuts = [0, *segmentation(word), len(word)]
+        return [word[begin:end].encode() for begin, end in zip(cuts, cuts[1:])]
+
+    return cut
+
+
 def in_any_case(segmentation: Segmentation) -> Segmentation:
     """Look a word up as it stands, then in lower case."""
 
