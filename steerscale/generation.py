@@ -3,8 +3,8 @@
 Shapes: B texts, S sequence, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -64,22 +64,23 @@ def generate(
     steps = next_tokens(
         lm, prompts, sampling, max_tokens=max_tokens, functions=functions, cache=cache, open_rows=open_rows
     )
-    for tokens in steps:
-        for row in sorted(open_rows):
-            result, token = results[row], tokens[row]
-            result.tokens.append(token)
-            if token == eos_id:
-                result.end = "eos"
-            elif texts and texts[row].add(token):
-                result.end = "stop"
-            done = result.end != "length" or len(result.tokens) == max_tokens
-            if texts:
-                piece = texts[row].take(all=done)
-                result.text += piece
-                if on_text is not None and piece:
-                    on_text(row, piece)
-            if done:
-                open_rows.discard(row)
+    with closing(steps):  # whatever a callback raises, the cache is taken out
+        for tokens in steps:
+            for row in sorted(open_rows):
+                result, token = results[row], tokens[row]
+                result.tokens.append(token)
+                if token == eos_id:
+                    result.end = "eos"
+                elif texts and texts[row].add(token):
+                    result.end = "stop"
+                done = result.end != "length" or len(result.tokens) == max_tokens
+                if texts:
+                    piece = texts[row].take(all=done)
+                    result.text += piece
+                    if on_text is not None and piece:
+                        on_text(row, piece)
+                if done:
+                    open_rows.discard(row)
     return results
 
 
@@ -92,7 +93,7 @@ def next_tokens(
     functions: Mapping[str, HookFunction] | None = None,
     cache: bool = True,
     open_rows: set[int] | None = None,
-) -> Iterator[list[int]]:
+) -> Generator[list[int], None, None]:
     """Yield a next token for every prompt, up to `max_tokens` times, or until the caller has emptied `open_rows`."""
     require(bool(prompts) and all(map(len, prompts)), "the prompt is empty: give at least one token")
     require(max_tokens >= 1, f"max_tokens must be at least 1, got {max_tokens}")
