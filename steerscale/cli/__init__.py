@@ -16,6 +16,7 @@ COMMANDS = (
     "data",
     "sample",
     "steer",
+    "serve",
     "probe",
     "dashboard",
     "export",
