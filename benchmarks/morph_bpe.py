@@ -1,0 +1,101 @@
+"""`steerscale tokenizer train --type morph_bpe` against sentencepiece's BPE trainer on the same text, one after the other.
+
+    python benchmarks/morph_bpe.py [--corpus FILE] [--megabytes 14] [--vocab-size 16384] [--repeats 3]
+
+- ours: texts -> words -> merges -> tokenizer.json, by `train_tokenizer`; with bias 0 (plain BPE), and with bias 0.9 and a
+  segmentation from a table, which is how it is trained once morphemes are known (Morfessor's own learning is not our code and
+  takes minutes; its seconds are not in here).
+- reference: sentencepiece's BPE with the same lines and number of tokens, by the settings of `--type bpe`, in one thread (its
+  BPE trainer does not use more). Merges of `tokenizers` are timed as well.
+
+Each is run in this process; runs alternate, figures are medians. The last line is one JSON object; `ratio` is ours (the slower of the
+two) / sentencepiece in seconds, so below 2 is within the promise.
+"""
+
+import argparse
+import json
+import lzma
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for everyone
+
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+from steerscale.tokenizers.config import TokenizerConfig
+from steerscale.tokenizers.morph_bpe import letter_words
+from steerscale.tokenizers.morph_segment import write_segmentation
+from steerscale.tokenizers.morph_words import count_words, pre_tokenizer
+from steerscale.tokenizers.registry import train_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+CORPUS = ROOT.parent / "shared" / "data" / "corpora" / "cs.txt.xz"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=CORPUS)
+    parser.add_argument("--megabytes", type=float, default=14.0, help="of text, from the beginning (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=16384)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    lines = lzma.open(args.corpus, "rt", encoding="utf-8").read(int(args.megabytes * 1e6)).split("\n")
+    size = sum(len(line.encode()) for line in lines)
+    with tempfile.TemporaryDirectory() as directory:
+        table = Path(directory) / "thirds.tsv"
+        write_segmentation(table, letter_words(count_words(lines)), _thirds)
+        runs = _runs(lines, args.vocab_size, str(table))
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        runs["ours, bias 0.9"]()  # compiles the trainer
+        for number in range(args.repeats):
+            for name, run in runs.items():
+                begin = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - begin)
+                print(f"[{number + 1}/{args.repeats}] {name:<16}{seconds[name][-1]:8.2f} s", flush=True)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    slower = max(medians["ours, bias 0"], medians["ours, bias 0.9"])
+    print(f"{size / 1e6:.1f} MB, {args.vocab_size:,} tokens")
+    for name, median in medians.items():
+        print(f"{name:<16}{median:8.2f} s  (from {min(seconds[name]):.2f} to {max(seconds[name]):.2f})")
+    result = {"benchmark": "morph_bpe", "bytes": size, "vocab_size": args.vocab_size, "seconds": medians}
+    print(json.dumps({**result, "ratio": slower / medians["sentencepiece"]}))
+
+
+def _runs(lines: list[str], vocab_size: int, table: str) -> dict[str, Callable[[], object]]:
+    def ours(bias: float, segmentation: str | None) -> object:
+        config = TokenizerConfig(type="morph_bpe", vocab_size=vocab_size, bias=bias, segmentation=segmentation)
+        return train_tokenizer(config, lines)
+
+    def reference() -> object:
+        return train_tokenizer(TokenizerConfig(type="bpe", vocab_size=vocab_size), lines)
+
+    def huggingface() -> object:
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizer()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+        backend.train_from_iterator(lines, trainer)
+        return backend
+
+    return {
+        "ours, bias 0": lambda: ours(0.0, None),
+        "ours, bias 0.9": lambda: ours(0.9, table),
+        "sentencepiece": reference,
+        "tokenizers": huggingface,
+    }
+
+
+def _thirds(word: str) -> list[int]:
+    """Some borders, about as many as morphemes have."""
+    return list(range(3, len(word) - 1, 3))
+
+
+if __name__ == "__main__":
+    main()
