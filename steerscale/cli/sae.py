@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerscale.cli import sae_browse, sae_convert, sae_eval, sae_features, sae_find
+from steerscale.cli import sae_bench, sae_browse, sae_convert, sae_eval, sae_features, sae_find
 from steerscale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     sae_features.add_parser(commands)
     sae_find.add_parser(commands)
     sae_browse.add_parser(commands)
+    sae_bench.add_parser(commands)
 
 
 def _count(text: str) -> int:

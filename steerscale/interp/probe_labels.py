@@ -38,6 +38,8 @@ class Example:
     """Of words."""
     label: str | None = None
     """Of the whole text, where there are no spans."""
+    spurious: str | None = None
+    """Another attribute of the whole text, which `sae_scr` removes."""
     group: int = 0
     """Examples of one group are on the same side of the split: translations of one sentence, say."""
 
@@ -177,7 +179,13 @@ def _of_json(line: str, at: str, *, group: int) -> Example:
     except ValueError as error:
         raise DataError(f"{at} is no JSON: {error}") from error
     if isinstance(values, dict) and isinstance(values.get("text"), str) and values.get("label") is not None:
-        return Example(text=values["text"], label=str(values["label"]), group=group)
+        spurious = values.get("spurious")
+        return Example(
+            text=values["text"],
+            label=str(values["label"]),
+            spurious=None if spurious is None else str(spurious),
+            group=group,
+        )
     if isinstance(values, dict) and isinstance(values.get("words"), list) and isinstance(values.get("labels"), list):
         words, labels = [str(word) for word in values["words"]], [str(label) for label in values["labels"]]
         if len(words) != len(labels) or not words:
