@@ -27,7 +27,7 @@ def test_every_size_is_a_valid_configuration(name: str) -> None:
     ("argv", "told"),
     [
         (["othello/smal"], "did you mean othello/small?"),
-        (["chess"], "there are othello/"),
+        (["chess"], "othello/paper, othello/small"),
         (["othello/small", "games.trian=3"], "did you mean 'train'?"),
         (["othello/small", "gpt.optim.lrr=3"], "did you mean 'lr'?"),
         (["othello/small", "games.train=many"], "games.train must be a whole number"),
