@@ -128,6 +128,7 @@ def measure(name: str, *, rounds: int, threads: int) -> dict[str, Any]:
         "tokens_per_step": size.tokens,
         "seconds_per_step": {side: round(wall[side], 4) for side in SIDES},
         "tokens_per_second": {side: round(size.tokens / wall[side], 1) for side in SIDES},
+        "cpu_seconds_per_step": {side: round(cpu[side], 4) for side in SIDES},
         "ratios": {
             "to_transformers": round(wall["transformers"] / wall["ours"], 4),
             "to_gemm_bound": round(wall["gemm"] / wall["ours"], 4),
@@ -198,7 +199,7 @@ def _llama(size: Size) -> Any:
         num_key_value_heads=model.kv_groups,
         max_position_embeddings=model.seq_len,
         rms_norm_eps=model.norm_eps,
-        rope_theta=model.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         tie_word_embeddings=model.tie_embeddings,
         attention_bias=False,
         mlp_bias=False,
@@ -206,7 +207,6 @@ def _llama(size: Size) -> Any:
         bos_token_id=None,
         eos_token_id=EOS,
         use_cache=False,
-        attn_implementation="sdpa",
     )
 
 

@@ -1,11 +1,18 @@
 """Fused kernels found at run time: NVIDIA Apex, Transformer Engine, Liger, flash-attention. Never requirements.
 
-PyPI's `apex` is a web toolkit of 2013, not NVIDIA's library; it is recognised and named.
+`engine.kernels` says whose fused AdamW the Megatron engine steps with; all else is torch's own fused kernels, which need no
+library. PyPI's `apex` is a web toolkit of 2013, not NVIDIA's library; it is recognised and named.
 """
 
 import importlib
 import importlib.util
 from dataclasses import dataclass
+from typing import Any, Literal
+
+from steerscale.errors import ConfigError
+
+Kernels = Literal["auto", "torch", "apex", "te"]
+"""auto: the first of te, apex, torch that can run here."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +22,8 @@ class Accelerator:
     name: str
     found: bool
     note: str
+    use: str = ""
+    """What a run uses it for; empty: nothing."""
 
 
 _PROBES = {
@@ -23,6 +32,12 @@ _PROBES = {
     "Liger": ("liger_kernel", ("liger_kernel.transformers",)),
     "flash-attention": ("flash_attn", ("flash_attn",)),
 }
+_ADAMS = {
+    "te": ("Transformer Engine", "transformer_engine.pytorch.optimizers", "FusedAdam"),
+    "apex": ("Apex", "apex.optimizers", "FusedAdam"),
+    "torch": ("torch", "torch.optim", "AdamW"),
+}
+TORCH_USES = "scaled_dot_product_attention, fused norms"
 
 
 def find_accelerators() -> list[Accelerator]:
@@ -44,6 +59,46 @@ def _probe(name: str, package: str, modules: tuple[str, ...]) -> Accelerator:
     return Accelerator(name, True, "found")
 
 
-def describe_accelerators() -> str:
-    """One line for the start of a run."""
-    return "; ".join(f"{accelerator.name}: {accelerator.note}" for accelerator in find_accelerators())
+def choose_kernels(wish: Kernels, *, on_cuda: bool) -> Literal["torch", "apex", "te"]:
+    """Whose fused AdamW steps. Raises ConfigError if the library asked for is not there, or runs on no such device."""
+    if wish == "torch" or (wish == "auto" and not on_cuda):
+        return "torch"
+    found = {accelerator.name: accelerator for accelerator in find_accelerators()}
+    if wish == "auto":
+        for choice in ("te", "apex"):
+            if found[_ADAMS[choice][0]].found:
+                return choice
+        return "torch"
+    accelerator = found[_ADAMS[wish][0]]
+    if not accelerator.found:
+        raise ConfigError(
+            f"engine.kernels={wish} needs {accelerator.name}: {accelerator.note}; install it, or use engine.kernels=auto"
+        )
+    if not on_cuda:
+        raise ConfigError(
+            f"engine.kernels={wish}: {accelerator.name}'s kernels run on CUDA only; use engine.kernels=auto"
+        )
+    return wish
+
+
+def adam_class(choice: Literal["torch", "apex", "te"]) -> Any:
+    """The AdamW of a choice: `torch.optim.AdamW`, or a FusedAdam with decoupled weight decay."""
+    _, module, name = _ADAMS[choice]
+    return getattr(importlib.import_module(module), name)
+
+
+def kernel_table(choice: Literal["torch", "apex", "te"]) -> list[Accelerator]:
+    """What was found, torch first, and what a run with this choice uses each for."""
+    library = _ADAMS[choice][0]
+    adam = "fused AdamW"
+    rows = [Accelerator("torch", True, "found", ", ".join([*([adam] if choice == "torch" else []), TORCH_USES]))]
+    return rows + [
+        Accelerator(one.name, one.found, one.note, adam if one.name == library else "") for one in find_accelerators()
+    ]
+
+
+def format_table(rows: list[Accelerator]) -> str:
+    """The table in lines: library, what became of the search, what it is used for."""
+    cells = [("library", "", "used for"), *((row.name, row.note, row.use or "-") for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)

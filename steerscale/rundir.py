@@ -5,6 +5,7 @@ environment.json   code version, packages, host, command line of the last start
 status.json        state, step, time: see `Status`
 metrics.jsonl      the record of training          tb/  the same for TensorBoard
 checkpoints/       see `checkpoint.store`
+kernels.txt        fused kernels that were found, and what is used
 preflight.json     what devices and links reached before the first step, see `train.preflight`
 logs/rank_N.log    everything rank N printed       logs/rank_N.error.json  how it failed, if it did
 """
@@ -32,6 +33,7 @@ from steerscale.errors import ConfigError, LaunchError, SteerscaleError
 logger = logging.getLogger(__name__)
 
 CONFIG, ENVIRONMENT, STATUS = "config.yaml", "environment.json", "status.json"
+KERNELS = "kernels.txt"
 PACKAGES = ("torch", "megatron-core", "deepspeed", "transformer-engine", "hydra-core", "numpy", "sentencepiece")
 
 State = Literal["created", "running", "stopped", "finished", "failed"]

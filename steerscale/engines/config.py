@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from steerscale.accelerators import Kernels
 from steerscale.config import require
 from steerscale.errors import LayoutError
 from steerscale.parallel.layout import ParallelLayout
@@ -26,6 +27,9 @@ class EngineConfig:
     zero_stage: int | None = None
     """DeepSpeed's ZeRO stage, 0 to 3: what is sharded over the replicas is nothing, optimizer state, gradients too, parameters
     too; null: 1 with distributed_optimizer, else 0."""
+    kernels: Kernels = "auto"
+    """Whose fused AdamW the Megatron engine steps with, on CUDA: Apex's, Transformer Engine's (te), torch's; auto: the first of
+    te, apex, torch that is there. Norms and attention are torch's fused ones, as on the CPU (docs/profiling.md)."""
     offload_optimizer: bool = False
     """DeepSpeed: keep optimizer state and main weights in the host's memory and update them there; needs ZeRO-1 to 3."""
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    from megatron.core import optimizer as megatron_optimizer
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -23,7 +24,7 @@ with warnings.catch_warnings():
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
@@ -56,6 +57,7 @@ __all__ = [
     "get_gpt_layer_local_spec",
     "get_megatron_optimizer",
     "megatron_random",
+    "optimizers_of",
     "parallel_state",
     "quiet",
     "tensor_parallel",
@@ -83,6 +85,28 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
+
+
+@contextmanager
+def optimizers_of(adam: type) -> Iterator[None]:
+    """Here Megatron-Core builds its optimizers with `adam`: torch's AdamW, or a FusedAdam with decoupled weight decay.
+
+    By itself it takes the first library that it could import, whatever the device.
+    """
+    of_torch = adam.__module__.startswith("torch.")
+    changes = [
+        (megatron_optimizer, "Adam", adam),
+        (megatron_optimizer, "USING_PYTORCH_OPTIMIZER", of_torch),
+        (distrib_optimizer, "Adam", adam),
+    ]
+    before = [getattr(module, name) for module, name, _ in changes]
+    for module, name, value in changes:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(changes, before):
+            setattr(module, name, value)
 
 
 @contextmanager

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from steerscale.accelerators import describe_accelerators
+from steerscale.accelerators import choose_kernels, format_table, kernel_table
 from steerscale.checkpoint.store import CheckpointStore, load_state
 from steerscale.config import dump_yaml, from_mapping
 from steerscale.errors import CheckpointError
 from steerscale.metrics import Recorder
 from steerscale.parallel.context import ParallelContext, initialize
 from steerscale.planning.hardware import peak_tflops
-from steerscale.rundir import State, Status, read_config, write_error, write_status
+from steerscale.rundir import KERNELS, State, Status, read_config, write_error, write_status, write_text
 from steerscale.train.config import RunConfig
 from steerscale.train.gpt import build_gpt_task
 from steerscale.train.loop import Loop, Progress
@@ -129,7 +129,9 @@ def _announce(config: RunConfig, context: ParallelContext, task: Task, progress:
     )
     logger.info("%s on %d x %s, %s", context.layout, context.layout.world_size, device, config.engine.precision)
     logger.info("%s", task.describe())
-    logger.info("fused kernels: %s", describe_accelerators())
+    table = format_table(kernel_table(choose_kernels(config.engine.kernels, on_cuda=context.device.type == "cuda")))
+    logger.info("kernels\n%s", table)
+    write_text(Path(config.run_dir) / KERNELS, f"{table}\n")
 
 
 def _peak_tflops(config: RunConfig, device: torch.device) -> float | None:

@@ -13,6 +13,7 @@ from steerscale.cli import main
 from steerscale.errors import ConfigError, DataError
 from steerscale.metrics import read_records
 from steerscale.planning.flops import model_flops_per_token
+from steerscale.rundir import KERNELS
 from steerscale.testing.ranks import RankPool
 from steerscale.train.config import MetricsConfig, TrainConfig
 from steerscale.train.profile import StepProfiler
@@ -43,6 +44,7 @@ def test_a_run_traces_the_steps_and_ranks_it_was_told_to(
     run_dir = prepare(config)
     pool.run(train, run_dir, ranks=2)
     assert [path.name for path in find_traces(run_dir)] == [f"rank1.2{SUFFIX}", f"rank1.4{SUFFIX}"]
+    assert "fused AdamW" in (run_dir / KERNELS).read_text(encoding="utf-8")
     (report,) = read_records(run_dir, "train")
     assert report["timed_steps"] == 1  # neither the warm-up nor the traced ones
     first, last = map(read_trace, find_traces(run_dir))
