@@ -21,6 +21,7 @@ COMMANDS = (
     "dashboard",
     "export",
     "plan",
+    "ds_config",
     "profile",
     "scaling",
     "sae",

@@ -91,6 +91,14 @@ class Engine(Protocol):
         """Take over the state of a checkpoint, whatever layout or engine wrote it."""
         ...
 
+    def state(self) -> dict[str, Any]:
+        """What else a resume by the same engine needs, as JSON; the same on every rank."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take that over; of another engine's there is nothing to take."""
+        ...
+
     def whole(self) -> AbstractContextManager[Any]:
         """A context in which every parameter of this rank is there in its local shape (ZeRO-3 keeps but a part of each)."""
         ...

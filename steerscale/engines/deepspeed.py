@@ -35,6 +35,10 @@ Tokens = Callable[[Any], torch.Tensor]
 """How many losses of a micro-batch count: a tensor of one number, on the host."""
 
 
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What of DeepSpeed's dynamic loss scaler changes."""
+
+
 class Groups:
     """Our process groups by the names that DeepSpeed asks an `mpu` for."""
 
@@ -191,6 +195,21 @@ class DeepSpeedEngine:
         """Take over the state of a checkpoint, whatever layout or engine wrote it."""
         load_fragments(self.shards, self._owned, self.context, reader, whole=self._writable)
         set_steps(self.engine.optimizer, optimizer_steps)
+
+    def state(self) -> dict[str, Any]:
+        """The dynamic loss scale of fp16."""
+        scaler = self._scaler()
+        return {} if scaler is None else {"loss_scaler": {name: getattr(scaler, name) for name in SCALER}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on with the loss scale of a checkpoint; one of another precision has none, and it is found anew."""
+        scaler = self._scaler()
+        for name, value in state.get("loss_scaler", {}).items() if scaler is not None else ():
+            setattr(scaler, name, value)
+
+    def _scaler(self) -> Any:
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        return scaler if getattr(scaler, "dynamic", False) else None
 
     def whole(self) -> AbstractContextManager[Any]:
         """A context in which every parameter of this rank is there in its local shape."""

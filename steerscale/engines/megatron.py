@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from steerscale.accelerators import adam_class, choose_kernels
 from steerscale.checkpoint.fragments import Fragment, FragmentReader
 from steerscale.engines.base import Forward, StepResult, Timer, Totals, add_up
 from steerscale.engines.config import EngineConfig
@@ -32,7 +31,6 @@ from steerscale.parallel.megatron import (
     gathered_within,
     get_forward_backward_func,
     get_megatron_optimizer,
-    optimizers_of,
     tensor_parallel,
 )
 from steerscale.parallel.shards import Shard
@@ -86,8 +84,7 @@ class MegatronEngine:
             )
             for index, chunk in enumerate(chunks)
         ]
-        adam = adam_class(choose_kernels(engine.kernels, on_cuda=on_cuda))
-        with gathered_within(context.world), optimizers_of(adam):
+        with gathered_within(context.world):
             self.optimizer = get_megatron_optimizer(
                 OptimizerConfig(
                     optimizer="adam",
@@ -221,6 +218,13 @@ class MegatronEngine:
         """
         for chunk in self.chunks:
             chunk.grad_accs.clear()
+
+    def state(self) -> dict[str, Any]:
+        """Nothing beside the fragments."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing beside the fragments."""
 
     def whole(self) -> AbstractContextManager[Any]:
         """A context in which every parameter of this rank is there: they always are."""

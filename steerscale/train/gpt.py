@@ -14,6 +14,7 @@ from steerscale.data.dataset import SampleStream
 from steerscale.data.loader import MicroBatch, MicroBatchLoader
 from steerscale.engines.base import Engine, StepResult, Timer, Totals
 from steerscale.engines.deepspeed import DeepSpeedEngine
+from steerscale.engines.deepspeed_config import write_ds_config
 from steerscale.engines.deepspeed_pipeline import DeepSpeedPipelineEngine, Pipeline
 from steerscale.engines.megatron import MegatronEngine
 from steerscale.errors import ConfigError
@@ -116,13 +117,14 @@ class GPTTask:
         return self.engine.fragments()
 
     def state(self) -> dict[str, Any]:
-        """The model's shape."""
-        return {"model": asdict(self.config.model)}
+        """The model's shape, and what of the engine is no tensor."""
+        return {"model": asdict(self.config.model), "engine": self.engine.state()}
 
     def resume(self, state: dict[str, Any], reader: FragmentReader, *, applied_steps: int, consumed_hash: int) -> None:
         """Take over weights and optimizer state; one rank goes on from the total of the hash, the others begin at 0."""
         check_same(state["model"], asdict(self.config.model), at="model", free=FREE_MODEL_KEYS)
         self.engine.load(reader, optimizer_steps=applied_steps)
+        self.engine.load_state(state.get("engine", {}))
         first = self.context.counts_once and self.context.at.data == 0
         self._consumed.value = consumed_hash if first else 0
 
@@ -173,7 +175,7 @@ def _deepspeed_engine(config: RunConfig, context: ParallelContext) -> Engine:
     transformer = _transformer_config(config, alone)
     if context.layout.pipeline == 1:
         (chunk,) = build_chunks(config.model, transformer, context)
-        return DeepSpeedEngine(chunk, shards=_filled([chunk], config, context), **common)
+        return _noted(DeepSpeedEngine(chunk, shards=_filled([chunk], config, context), **common), config)
     pipeline = Pipeline(
         plans=gpt_layers(config.model, transformer, alone),
         spread=BlockLayer,
@@ -183,7 +185,14 @@ def _deepspeed_engine(config: RunConfig, context: ParallelContext) -> Engine:
         outputs=lambda logits, tokens, positions, documents, labels: losses_of(logits, labels),
         prepare=lambda layers: _filled(cast("Sequence[Chunk]", layers), config, context),
     )
-    return DeepSpeedPipelineEngine(pipeline, **common)
+    return _noted(DeepSpeedPipelineEngine(pipeline, **common), config)
+
+
+def _noted(engine: DeepSpeedEngine, config: RunConfig) -> DeepSpeedEngine:
+    """Leave what DeepSpeed was told in the run directory."""
+    if engine.context.rank == 0 and Path(config.run_dir).is_dir():
+        write_ds_config(engine.ds_config, Path(config.run_dir))
+    return engine
 
 
 def _transformer_config(config: RunConfig, context: ParallelContext) -> TransformerConfig:
