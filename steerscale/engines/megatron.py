@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from steerscale.accelerators import adam_class, choose_kernels
 from steerscale.checkpoint.fragments import Fragment, FragmentReader
 from steerscale.engines.base import Forward, StepResult, Timer, Totals, add_up
 from steerscale.engines.config import EngineConfig
@@ -31,6 +32,7 @@ from steerscale.parallel.megatron import (
     gathered_within,
     get_forward_backward_func,
     get_megatron_optimizer,
+    optimizers_of,
     tensor_parallel,
 )
 from steerscale.parallel.shards import Shard
@@ -84,7 +86,8 @@ class MegatronEngine:
             )
             for index, chunk in enumerate(chunks)
         ]
-        with gathered_within(context.world):
+        adam = adam_class(choose_kernels(engine.kernels, on_cuda=on_cuda))
+        with gathered_within(context.world), optimizers_of(adam):
             self.optimizer = get_megatron_optimizer(
                 OptimizerConfig(
                     optimizer="adam",
