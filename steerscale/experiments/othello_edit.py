@@ -16,7 +16,6 @@ import torch
 from steerscale.experiments.othello_config import InterventionConfig
 from steerscale.experiments.othello_games import VOCABULARY, legal_tokens, replay, set_up
 from steerscale.experiments.stages import Bench, Results
-from steerscale.interp.interventions import at_positions
 from steerscale.interp.probe_edit import probe_edit
 from steerscale.interp.probes import Probe
 from steerscale.language_model import LanguageModel
@@ -25,6 +24,7 @@ from steerscale.models.hooks import HookFunction
 Probes = Mapping[str, Sequence[Probe]]
 """64 of them by hook point."""
 Wrap = Callable[[HookFunction], HookFunction]
+BATCH = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,35 +103,68 @@ def run_cases(
         strength: factor of the change; 0 changes nothing, bit by bit.
         wrap: makes another function of each edit, for controls.
     """
-    logs = torch.empty(len(cases), VOCABULARY)
-    groups: dict[tuple[int, bool, bool], list[int]] = {}
-    for number, case in enumerate(cases):  # one edit serves all cases of a group
-        groups.setdefault((case.square, case.mine, case.black) if probes else (0, True, True), []).append(number)
-    for (square, mine, black), members in groups.items():
-        length = max(cases[number].at for number in members) + 1
-        tokens_BS = torch.from_numpy(np.stack([cases[number].tokens[:length] for number in members]))
-        at_B = torch.tensor([cases[number].at for number in members])
-        mask_BS = torch.arange(length) == at_B.unsqueeze(1)
-        functions = {}
-        for hook, of_hook in probes.items():
-            probe = of_hook[square]
-            pair = ("mine", "theirs") if "mine" in probe.classes else ("black", "white")
-            here = mine if "mine" in probe.classes else black
-            now, then = pair if here else pair[::-1]
-            edit = probe_edit(probe, "set", target=then, other=now, value=margin, strength=strength, positions=mask_BS)
-            functions[hook] = edit if wrap is None else at_positions(mask_BS, wrap(edit))
+    logs_BV = torch.empty(len(cases), VOCABULARY)
+    by_length = sorted(range(len(cases)), key=lambda number: cases[number].at)
+    for begin in range(0, len(cases), BATCH):
+        members = by_length[begin : begin + BATCH]
+        some = [cases[number] for number in members]
+        at_B = torch.tensor([case.at for case in some])
+        tokens_BS = torch.from_numpy(np.stack([case.tokens[: int(at_B.max()) + 1] for case in some]))
+        functions = {
+            hook: flip(some, of_hook, at_B, margin=margin, strength=strength, wrap=wrap)
+            for hook, of_hook in probes.items()
+        }
         logits = lm.logits(tokens_BS, functions, at_B=at_B)
         assert logits is not None
-        logs[members] = logits.log_softmax(dim=-1)
-    return logs
+        logs_BV[members] = logits.log_softmax(dim=-1)
+    return logs_BV
+
+
+def flip(
+    cases: Sequence[Case],
+    probes: Sequence[Probe],
+    at_B: torch.Tensor,
+    *,
+    margin: float,
+    strength: float = 1.0,
+    wrap: Wrap | None = None,
+) -> HookFunction:
+    """Turn each case's disc at its last move: its own probe's edit, in one function for the whole batch."""
+    edits: list[tuple[list[int], HookFunction]] = []
+    for square in sorted({case.square for case in cases}):
+        probe = probes[square]
+        seen = "mine" in probe.classes
+        pair = ("mine", "theirs") if seen else ("black", "white")
+        for first in (True, False):
+            rows = [
+                row
+                for row, case in enumerate(cases)
+                if case.square == square and (case.mine if seen else case.black) == first
+            ]
+            now, then = pair if first else pair[::-1]
+            edit = probe_edit(probe, "set", target=then, other=now, value=margin, strength=strength)
+            edits.append((rows, edit if wrap is None else wrap(edit)))
+
+    def change(x_BSM: torch.Tensor) -> torch.Tensor:
+        batch_B = torch.arange(len(x_BSM))
+        last_BM = x_BSM[batch_B, at_B]
+        for rows, edit in edits:
+            edited = edit(last_BM[rows].unsqueeze(1)) if rows else None
+            if edited is not None:
+                last_BM[rows] = edited.squeeze(1)
+        x_BSM[batch_B, at_B] = last_BM
+        return x_BSM
+
+    return change
 
 
 def in_random_direction(generator: torch.Generator, edit: HookFunction) -> HookFunction:
     """A change just as long as the edit's, in a direction that says nothing."""
 
-    def change(x_BSM: torch.Tensor) -> torch.Tensor:
+    def change(x_BSM: torch.Tensor) -> torch.Tensor | None:
         edited = edit(x_BSM.clone())
-        assert edited is not None
+        if edited is None:
+            return None
         length = (edited - x_BSM).norm(dim=-1, keepdim=True)
         noise = torch.randn(x_BSM.shape, generator=generator).to(x_BSM)
         return x_BSM + length * noise / noise.norm(dim=-1, keepdim=True)

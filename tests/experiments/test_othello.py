@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ pytest.importorskip("rust_reversi", reason="the extra `othello` is not installed
 
 from steerscale.experiments.othello import dataset, hooks_of, trained
 from steerscale.experiments.othello_board import LABELS, legal_mask, read_probes
-from steerscale.experiments.othello_edit import Case, Probes, errors, in_random_direction, make_cases, run_cases
+from steerscale.experiments.othello_edit import Case, Probes, errors, flip, in_random_direction, make_cases, run_cases
 from steerscale.experiments.othello_games import PAD, VOCABULARY, read_games
 from steerscale.language_model import LanguageModel
 from steerscale.metrics import read_records
@@ -86,43 +85,30 @@ def test_second_start_runs_nothing_and_other_settings_are_refused(
     assert "stage 'train'" in capsys.readouterr().err
 
 
-def null_in_groups(lm: LanguageModel, cases: list[Case]) -> torch.Tensor:
-    """Log probabilities of the model left alone, the cases in the same batches as with edits."""
-    logs = torch.empty(len(cases), VOCABULARY)
-    keys = [(case.square, case.mine, case.black) for case in cases]
-    for key in set(keys):
-        members = [number for number, other in enumerate(keys) if other == key]
-        logs[members] = run_cases(lm, [cases[number] for number in members], {}, margin=0.0)
-    return logs
-
-
 def test_zero_strength_changes_nothing_bit_by_bit(
     lm: LanguageModel, cases: list[Case], probes: dict[str, Probes]
 ) -> None:
     still = run_cases(lm, cases, probes["mine"], margin=4.0, strength=0.0)
-    moved = run_cases(lm, cases, probes["mine"], margin=4.0)
-    left = null_in_groups(lm, cases)
-    assert torch.equal(still, left)
-    assert not torch.equal(still, moved)
+    assert torch.equal(still, run_cases(lm, cases, {}, margin=0.0))
+    assert not torch.equal(still, run_cases(lm, cases, probes["mine"], margin=4.0))
 
 
-def test_an_edit_reaches_its_margin_at_the_last_move_and_nowhere_else(
+def test_flip_reaches_its_margin_at_each_last_move_and_nowhere_else(
     lm: LanguageModel, cases: list[Case], probes: dict[str, Probes]
 ) -> None:
-    hook, *_ = probes["mine"]
-    case, seen = cases[0], {}
-
-    def spy(edit, x_BSM: torch.Tensor) -> torch.Tensor:
-        seen["before"] = x_BSM.clone()
-        seen["after"] = edit(x_BSM.clone())
-        return seen["after"]
-
-    run_cases(lm, [case], {hook: probes["mine"][hook]}, margin=4.0, wrap=lambda edit: partial(spy, edit))
-    probe = probes["mine"][hook][case.square]
-    logits_C = dict(zip(probe.classes, probe.logits(seen["after"][0, case.at])))
-    then, now = ("theirs", "mine") if case.mine else ("mine", "theirs")
-    assert float(logits_C[then] - logits_C[now]) == pytest.approx(4.0, abs=1e-3)
-    assert torch.equal(seen["after"][0, : case.at], seen["before"][0, : case.at])
+    at_B = torch.tensor([case.at for case in cases])
+    x_BSM = torch.randn(len(cases), 61, 32, generator=torch.Generator().manual_seed(0))
+    for kind, pair in (("mine", ("mine", "theirs")), ("colour", ("black", "white"))):
+        hook, *_ = probes[kind]
+        changed_BSM = flip(cases, probes[kind][hook], at_B, margin=4.0)(x_BSM.clone())
+        assert changed_BSM is not None
+        for row, case in enumerate(cases):
+            probe = probes[kind][hook][case.square]
+            logits = dict(zip(probe.classes, probe.logits(changed_BSM[row, case.at]).tolist()))
+            now, then = pair if (case.mine if kind == "mine" else case.black) else pair[::-1]
+            assert logits[then] - logits[now] == pytest.approx(4.0, abs=1e-3)
+            others = torch.arange(61) != case.at
+            assert torch.equal(changed_BSM[row, others], x_BSM[row, others])
 
 
 def test_random_direction_is_as_long_as_the_edit() -> None:
