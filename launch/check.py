@@ -47,6 +47,8 @@ def check_config(mapping: Mapping[str, Any]) -> RunConfig:
     elif config.model.vocab_size is None:
         raise ConfigError("a dry run without data needs model.vocab_size, e.g. model.vocab_size=51200")
     _check_wandb(config)
+    if not dry:
+        _check_deepspeed(config)
     _check_init_from(config)
     if not dry:
         _check_run_dir(config)
@@ -158,6 +160,14 @@ def _check_wandb(config: RunConfig) -> None:
         raise ConfigError(
             f"metrics.wandb_project={config.metrics.wandb_project} is set but wandb is not installed: pip install "
             "'steerscale[wandb]', or leave it null"
+        )
+
+
+def _check_deepspeed(config: RunConfig) -> None:
+    if config.engine.name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "engine.name=deepspeed needs the package deepspeed, which is not installed: DS_BUILD_OPS=0 pip install "
+            "'steerscale[deepspeed]', or use engine=megatron"
         )
 
 

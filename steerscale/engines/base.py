@@ -99,6 +99,10 @@ class Engine(Protocol):
         """Take that over; of another engine's there is nothing to take."""
         ...
 
+    def adopt_weights(self) -> None:
+        """Take over parameters that were changed from outside, where the optimizer has a copy of its own (fp32 only)."""
+        ...
+
     def whole(self) -> AbstractContextManager[Any]:
         """A context in which every parameter of this rank is there in its local shape (ZeRO-3 keeps but a part of each)."""
         ...

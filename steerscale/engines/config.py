@@ -53,6 +53,11 @@ class EngineConfig:
 
     def _check_zero(self) -> None:
         stage = self.zero_stage
+        require(
+            self.kernels in ("auto", "torch"),
+            f"engine.kernels={self.kernels}: the DeepSpeed engine steps with torch's fused AdamW; leave it at auto, or use "
+            "engine=megatron",
+        )
         require(stage is None or 0 <= stage <= 3, f"engine.zero_stage must be 0, 1, 2 or 3, got {stage}")
         require(
             self.distributed_optimizer or not stage,
@@ -77,6 +82,13 @@ class EngineConfig:
     def zero(self) -> int:
         """ZeRO stage."""
         return self.zero_stage if self.zero_stage is not None else int(self.distributed_optimizer)
+
+    @property
+    def title(self) -> str:
+        """The engine's name for people."""
+        if self.name == "megatron":
+            return "Megatron-Core"
+        return f"DeepSpeed ZeRO-{self.zero}{' with offload' if self.offload_optimizer else ''}"
 
 
 def check_engine(engine: EngineConfig, layout: ParallelLayout, *, sae: bool = False) -> None:
@@ -108,6 +120,8 @@ def check_engine(engine: EngineConfig, layout: ParallelLayout, *, sae: bool = Fa
             f"parallel.pipeline={layout.pipeline}: SAEs train under DeepSpeed without a pipeline only (each stage would have "
             "to be a world of its own); use parallel.pipeline=1, or engine=megatron"
         )
+    if sae and engine.precision == "fp16":
+        raise LayoutError("engine.precision=fp16: SAEs train in fp32, or with engine.precision=bf16 for their products")
     if sae and engine.zero == 3:
         raise LayoutError(
             "engine.zero_stage=3: an SAE's decoder is normalised between the steps, which needs whole parameters; use "

@@ -211,6 +211,12 @@ class DeepSpeedEngine:
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         return scaler if getattr(scaler, "dynamic", False) else None
 
+    @torch.no_grad()
+    def adopt_weights(self) -> None:
+        """Copy this rank's range of each parameter into the optimizer's weights: ZeRO keeps its own, in fp32 too."""
+        for parameter, owned in self._owned.items() if 0 < self._zero < 3 else ():
+            owned.tensors["weight"].copy_(parameter.reshape(-1)[owned.start : owned.stop])
+
     def whole(self) -> AbstractContextManager[Any]:
         """A context in which every parameter of this rank is there in its local shape."""
         if self._zero < 3:

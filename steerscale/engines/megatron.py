@@ -229,6 +229,9 @@ class MegatronEngine:
     def load_state(self, state: dict[str, Any]) -> None:
         """Nothing beside the fragments."""
 
+    def adopt_weights(self) -> None:
+        """In fp32 the optimizer's weights are views of the parameters."""
+
     def whole(self) -> AbstractContextManager[Any]:
         """A context in which every parameter of this rank is there: they always are."""
         return nullcontext()

@@ -185,6 +185,7 @@ class RunConfig:
         """The checked layout. Raises LayoutError if it does not fit itself or the model."""
         layout = ParallelLayout.resolve(self.parallel)
         layout.check_model(self.model)
+        check_engine(self.engine, layout, sae=self.sae is not None)
         self.profile.check(steps=self.train.steps, ranks=layout.world_size)
         if self.sae is not None and self.stream is not None:
             check_sae_layout(self.sae, self.stream, self.model, layout)

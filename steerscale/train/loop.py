@@ -183,7 +183,7 @@ class Loop:
             values["eta_seconds"] = seconds * (self.config.train.steps - progress.step)
         values.update(
             bubble_fraction=window.layout.bubble_fraction,
-            loss_scale=1.0,
+            loss_scale=window.loss_scale,
             consumed_samples=progress.consumed_samples,
             consumed_hash=f"{progress.consumed_hash:016x}",
             skipped_total=progress.step - progress.applied_steps,

@@ -127,7 +127,8 @@ def _announce(config: RunConfig, context: ParallelContext, task: Task, progress:
     recorder.write(
         "start", progress.step, {"layout": str(context.layout), "device": device, "ranks": context.layout.world_size}
     )
-    logger.info("%s on %d x %s, %s", context.layout, context.layout.world_size, device, config.engine.precision)
+    how = f"{config.engine.precision}, {config.engine.title}"
+    logger.info("%s on %d x %s, %s", context.layout, context.layout.world_size, device, how)
     logger.info("%s", task.describe())
     table = format_table(kernel_table(choose_kernels(config.engine.kernels, on_cuda=context.device.type == "cuda")))
     logger.info("kernels\n%s", table)

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from steerscale.activations.cost import stream_cost
 from steerscale.activations.stream import ActivationStream, build_stream
 from steerscale.checkpoint.fragments import Fragment, FragmentReader
-from steerscale.engines.megatron import MegatronEngine, StepResult, Timer, Totals
+from steerscale.engines.base import Engine, StepResult, Timer, Totals
+from steerscale.engines.deepspeed import DeepSpeedEngine
+from steerscale.engines.megatron import MegatronEngine
 from steerscale.errors import ConfigError
 from steerscale.interp.sae_eval import evaluate_saes, held_out
 from steerscale.parallel.context import ParallelContext, stage_context
@@ -59,7 +61,7 @@ class Trained:
     number: int
     """Among all SAEs of the run."""
     sae: SparseAutoencoder
-    engine: MegatronEngine
+    engine: Engine
     applied_steps: int = 0
 
 
@@ -101,6 +103,7 @@ class SAETask:
         for trained in self.trained:
             spec = trained.sae.spec
             initialize_from_data(trained.sae, batch.of(spec.inputs), batch.of(spec.outputs))
+            trained.engine.adopt_weights()
 
     def train_step(
         self, micro_batches: Sequence[Vectors], *, step: int, lr: float, extra: tuple[float, ...], timer: Timer
@@ -131,6 +134,7 @@ class SAETask:
             trained.applied_steps += 1
             with timer("optimizer"):
                 sae.after_update()
+                trained.engine.adopt_weights()
         measures = _measures(sae, result.totals)
         return [float(result.applied), result.totals.tokens, result.grad_norm**2, *measures.values()]
 
@@ -253,6 +257,8 @@ def _build(number: int, spec: SAESpec, config: RunConfig, stage: ParallelContext
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     sae = ARCHITECTURES[spec.config.architecture](spec, stage, dtype=dtype)
     draw_weights(sae, seed=config.seed)
+    if config.engine.name == "deepspeed":
+        return Trained(number=number, sae=sae, engine=_deepspeed_engine(sae, config, stage))
     # One replica has nothing to shard its optimizer over, and would copy all parameters three times a step for it.
     sharded = config.engine.distributed_optimizer and stage.layout.data > 1
     engine = MegatronEngine(
@@ -266,6 +272,19 @@ def _build(number: int, spec: SAESpec, config: RunConfig, stage: ParallelContext
         num_reported=len(REPORTED),
     )
     return Trained(number=number, sae=sae, engine=engine)
+
+
+def _deepspeed_engine(sae: SparseAutoencoder, config: RunConfig, stage: ParallelContext) -> Engine:
+    sae.into_main_grad = False  # Megatron-Core's gradient buffers; DeepSpeed has none
+    return DeepSpeedEngine(
+        sae,
+        shards=list(sae.shards()),
+        engine=replace(config.engine, precision="fp32", overlap=False),
+        optim=config.optim,
+        context=stage,
+        tokens=lambda batch: torch.tensor(float(batch.size)),
+        num_reported=len(REPORTED),
+    )
 
 
 def sae_forward(batch: Vectors, sae: torch.nn.Module) -> tuple[torch.Tensor, Callable]:

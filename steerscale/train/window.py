@@ -20,6 +20,8 @@ class Window:
     """Layout of the last step, with the batch it had."""
     uniform: bool
     """Whether all steps had that batch: with several sizes there is no one throughput."""
+    loss_scale = 1.0
+    """Of the last step."""
 
     def __init__(self, *, skip: int, clock: Callable[[], float] = time.perf_counter) -> None:
         """`skip` warm-up steps are not timed; `clock` gives seconds."""
@@ -57,6 +59,7 @@ class Window:
         for name, value in result.metrics.items():
             self._metrics[name] += value
         self._lr, self._size, self._grad_norm = lr, size, result.grad_norm
+        self.loss_scale = result.loss_scale
         if result.applied:
             self._loss_sum, self._tokens = self._loss_sum + result.totals.loss_sum, self._tokens + result.totals.tokens
 

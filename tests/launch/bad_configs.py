@@ -11,12 +11,13 @@ FAR_APART = "sae.hooks=[blocks.0.hook_resid_post,blocks.3.hook_resid_post]"
 # (arguments, parts of the message). {name} is one of the datasets in conftest.py.
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     # --- groups and keys
+    "engine unknown": (f"{RUN} engine=deepsped", ("engine=deepsped", "did you mean engine=deepspeed?")),
     "model unknown": (f"{RUN} model=7b", ("model=7b", "configs/model/7b.yaml", "7b_gqa_swiglu")),
     "launcher unknown": (f"{RUN} launcher=dryrun", ("launcher=dryrun", "did you mean launcher=dry_run?")),
     "experiment unknown": ("experiment=german", ("experiment=german", "did you mean experiment=german_demo?")),
     "group unknown": (
         f"{RUN} cluster/gpu=a100",
-        ("cluster/gpu=a100", "groups are cluster, experiment, launcher, model"),
+        ("cluster/gpu=a100", "groups are cluster, engine, experiment, launcher"),
     ),
     "two options": (f"{RUN} model=[demo,125m]", ("model=[demo,125m]: choose one of 1.3b",)),
     "package": (f"{RUN} model@teacher=demo", ("model@teacher=demo", "no such config group")),
@@ -134,6 +135,15 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("launcher.ranks=[0, 2]: there is no rank 2", "ranks 0 to 1"),
     ),
     "negative rank": (f"{RUN} launcher=dry_run launcher.ranks=[-1]", ("there is no rank -1",)),
+    "ZeRO-2 with a pipeline": (
+        f"{RUN} engine=deepspeed engine.zero_stage=2 parallel.pipeline=2",
+        ("engine.zero_stage=2 with parallel.pipeline=2", "engine.zero_stage=1 or 0"),
+    ),
+    "ZeRO stage of Megatron": (f"{RUN} engine.zero_stage=2", ("engine.zero_stage=2", "choose engine=deepspeed")),
+    "interleaving with DeepSpeed": (
+        f"{RUN} engine=deepspeed parallel.pipeline=2 parallel.virtual_pipeline=2",
+        ("parallel.virtual_pipeline=2", "plain 1F1B", "engine=megatron"),
+    ),
     # --- batch-size ramp-up
     "ramp-up above": (
         f"{RUN} train.ramp_up.start=8 train.ramp_up.increment=4 train.ramp_up.samples=9 parallel.global_batch_size=8",
