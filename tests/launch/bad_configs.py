@@ -141,7 +141,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "ZeRO stage of Megatron": (f"{RUN} engine.zero_stage=2", ("engine.zero_stage=2", "choose engine=deepspeed")),
     "interleaving with DeepSpeed": (
-        f"{RUN} engine=deepspeed parallel.pipeline=2 parallel.virtual_pipeline=2",
+        f"{RUN} engine=deepspeed parallel.pipeline=2 parallel.virtual_pipeline=2 parallel.gradient_accumulation_steps=2",
         ("parallel.virtual_pipeline=2", "plain 1F1B", "engine=megatron"),
     ),
     # --- batch-size ramp-up
