@@ -10,9 +10,9 @@ Sides, each in a process of its own, steps taking turns; the first two rounds ar
 - transformers: `Trainer` on `LlamaForCausalLM` (SDPA attention, fused AdamW), with gradient accumulation.
 
 Both train the same Llama from the same weights on the same samples in float32 with the same AdamW, clipping and learning
-rate; their losses are compared. A step's time is from the end of the one before to its own end. At the end one step of ours is
-traced and its time shared out as by `steerscale profile`; what is in no operation is the engine's Python, seen from above:
-tracing adds to it. litgpt's trainer is lightning's Fabric, which is no dependency here: it is not compared.
+rate; their losses are compared. A step's time is from the end of the one before to its own end. At the end one step of each is
+traced and its time shared out as by `steerscale profile`; what is in no operation is Python, seen from above: tracing adds to
+it. litgpt's trainer is lightning's Fabric, which is no dependency here: it is not compared.
 The last line is one JSON object with tokens per second and the ratios to the others.
 """
 
@@ -30,7 +30,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -49,7 +49,8 @@ from steerscale.train.profile import StepProfiler
 from steerscale.train.profile_config import ProfileConfig
 from steerscale.train.profile_trace import DIRECTORY, find_traces, read_trace
 
-SIDES = ("gemm", "ours", "transformers")
+TRAINERS = ("ours", "transformers")
+SIDES = ("gemm", *TRAINERS)
 WARMUP = 2
 LR = 1e-4
 SEED = 0
@@ -117,9 +118,10 @@ def measure(name: str, *, rounds: int, threads: int) -> dict[str, Any]:
                 answer = _ask(workers[side][1], "step")
                 if number >= WARMUP:
                     steps[side].append(answer)
-        _ask(workers["ours"][1], "profile")
+        for side in TRAINERS:
+            _ask(workers[side][1], "profile")
         losses = {side: _end(*worker) for side, worker in workers.items()}
-        trace = read_trace(find_traces(directory / "run")[0])
+        traces = {side: read_trace(find_traces(directory / side)[0]) for side in TRAINERS}
     _compare(losses)
     wall = {side: statistics.median(seconds for seconds, _ in steps[side]) for side in SIDES}
     cpu = {side: statistics.median(seconds for _, seconds in steps[side]) for side in SIDES}
@@ -135,9 +137,14 @@ def measure(name: str, *, rounds: int, threads: int) -> dict[str, Any]:
             "to_transformers_by_cpu_time": round(cpu["transformers"] / cpu["ours"], 4),
         },
         "gemm_gflops": round(_gemm_flops(size) / wall["gemm"] / 1e9, 1),
-        "step_parts": {part: round(seconds, 4) for part, seconds in trace.parts.items()},
-        "traced_seconds": round(trace.seconds, 4),
-        "longest": [(kind, name, round(seconds, 4)) for kind, name, seconds in trace.longest[:8]],
+        "traced_seconds": {side: round(trace.seconds, 4) for side, trace in traces.items()},
+        "parts": {
+            side: {part: round(seconds, 4) for part, seconds in trace.parts.items()} for side, trace in traces.items()
+        },
+        "longest": {
+            side: [(kind, name, round(seconds, 4)) for kind, name, seconds in trace.longest[:8]]
+            for side, trace in traces.items()
+        },
     }
     _print(name, figures)
     return figures
@@ -161,10 +168,11 @@ def _print(name: str, figures: dict[str, Any]) -> None:
     by_cpu_time = ratios["to_transformers_by_cpu_time"]
     print(f"  ours over transformers {ratios['to_transformers']:.3f} (goal 1.1), by CPU time {by_cpu_time:.3f}")
     print(f"  ours over the bound {ratios['to_gemm_bound']:.3f} (goal 0.9)")
-    print(f"  a traced step of ours, {figures['traced_seconds']:.4f} s:")
-    for part, seconds in figures["step_parts"].items():
-        title = "Python, waiting" if part == "idle" else part
-        print(f"    {title:<16}{seconds:9.4f} s  {seconds / figures['traced_seconds']:6.1%}")
+    traced, parts = figures["traced_seconds"], figures["parts"]
+    print(f"  {'seconds of a traced step':<28}" + "".join(f"{side:>24}" for side in TRAINERS))
+    for part in parts["ours"]:
+        cells = [f"{parts[side][part]:14.4f} ({parts[side][part] / traced[side]:6.1%})" for side in TRAINERS]
+        print(f"  {'Python, waiting' if part == 'idle' else part:<28}" + "".join(f"{cell:>24}" for cell in cells))
     sys.stdout.flush()
 
 
@@ -222,7 +230,7 @@ def _config(size: Size, directory: Path, *, steps: int) -> RunConfig:
     """A run of ours, as it would be on one rank."""
     return RunConfig(
         name="gpt_cpu",
-        run_dir=str(directory / "run"),
+        run_dir=str(directory / "ours"),
         model=size.model,
         data=DataConfig(path=str(directory / "data"), random_offset=False),
         train=TrainConfig(steps=steps, eval_interval=0, init_from=str(directory / "weights")),
@@ -317,12 +325,21 @@ def _transformers(size: Size, directory: Path, pace: Pace) -> list[float]:
 
     from steerscale.data.dataset import SampleStream
 
+    profiler = StepProfiler(
+        ProfileConfig(steps=[1]), run_dir=directory / "transformers", rank=0, device=torch.device("cpu")
+    )
+
     class Turns(TrainerCallback):
+        trace = ExitStack()
+
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             pace.turn()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.trace.close()
             pace.turn()
+            if pace.profiled:
+                self.trace.enter_context(profiler.step(1))
 
     class Losses(TrainerCallback):
         def __init__(self) -> None:
