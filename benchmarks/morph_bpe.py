@@ -8,8 +8,8 @@
 - reference: sentencepiece's BPE with the same lines and number of tokens, by the settings of `--type bpe`, in one thread (its
   BPE trainer does not use more). Merges of `tokenizers` are timed as well.
 
-Each is run in this process; runs alternate, figures are medians. The last line is one JSON object; `ratio` is ours (the slower of the
-two) / sentencepiece in seconds, so below 2 is within the promise.
+All run in this process; runs alternate, figures are medians. The last line is one JSON object; `ratio` is ours (the slower of
+the two) / sentencepiece in seconds, so below 2 is within the promise.
 """
 
 import argparse
@@ -41,11 +41,14 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, default=CORPUS)
-    parser.add_argument("--megabytes", type=float, default=14.0, help="of text, from the beginning (default: %(default)s)")
+    parser.add_argument(
+        "--megabytes", type=float, default=14.0, help="of text, from the beginning (default: %(default)s)"
+    )
     parser.add_argument("--vocab-size", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    lines = lzma.open(args.corpus, "rt", encoding="utf-8").read(int(args.megabytes * 1e6)).split("\n")
+    with lzma.open(args.corpus, "rt", encoding="utf-8") as file:
+        lines = file.read(int(args.megabytes * 1e6)).split("\n")
     size = sum(len(line.encode()) for line in lines)
     with tempfile.TemporaryDirectory() as directory:
         table = Path(directory) / "thirds.tsv"

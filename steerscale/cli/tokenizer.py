@@ -16,7 +16,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     train.add_argument("--type", default="unigram", help="unigram (default), bpe or morph_bpe")
     train.add_argument("--vocab-size", type=int, default=16384, help="tokens in all (default: %(default)s)")
     train.add_argument("--character-coverage", type=float, default=0.9995, help="rest in bytes (default: %(default)s)")
-    train.add_argument("--bias", type=float, help="morph_bpe: 0 plain BPE .. 1 no merge across morphemes (default: 0.9)")
+    train.add_argument(
+        "--bias", type=float, help="morph_bpe: 0 plain BPE .. 1 no merge across morphemes (default: 0.9)"
+    )
     train.add_argument(
         "--segmentation",
         metavar="FROM",
@@ -30,9 +32,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     train.set_defaults(run=_train)
     segment = commands.add_parser("segment", help="write the morphemes of a corpus' words to a table")
     segment.add_argument("inputs", nargs="+", metavar="INPUT", help="text file (also compressed), or sample:german")
-    segment.add_argument("-o", "--output", type=Path, required=True, help="new .tsv: a word, a tab and its morphemes a line")
-    segment.add_argument("--segmentation", default="morfessor", metavar="FROM", help="as for train (default: morfessor)")
-    segment.add_argument("--also", type=Path, metavar="FILE.tsv", help="cut this table's words too, but do not learn from them")
+    segment.add_argument(
+        "-o", "--output", type=Path, required=True, help="new .tsv: a word, a tab and its morphemes a line"
+    )
+    segment.add_argument(
+        "--segmentation", default="morfessor", metavar="FROM", help="as for train (default: morfessor)"
+    )
+    segment.add_argument(
+        "--also", type=Path, metavar="FILE.tsv", help="cut this table's words too, but do not learn from them"
+    )
     add_reading_arguments(segment)
     segment.set_defaults(run=_segment)
     tokenizer_eval.add_parser(commands)

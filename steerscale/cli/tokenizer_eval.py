@@ -33,7 +33,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     from steerscale.cli.tokenizer import add_reading_arguments
 
     parser = commands.add_parser("eval", help="compare tokenizers on texts and against gold morphemes")
-    parser.add_argument("tokenizers", nargs="+", metavar="TOK", help="tokenizer directory, ours or of a Hugging Face model")
+    parser.add_argument(
+        "tokenizers", nargs="+", metavar="TOK", help="tokenizer directory, ours or of a Hugging Face model"
+    )
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="texts; a row of the table for each")
     parser.add_argument("--gold", type=Path, metavar="FILE.tsv", help="a word, a tab and its morphemes a line")
     parser.add_argument(

@@ -40,7 +40,9 @@ def train_gpts(config: MorphBPEConfig, bench: Bench) -> Results:
                 bench.train(run)
                 tokens = run.train.steps * run.layout().global_batch_size * run.model.seq_len
                 found.setdefault(language, {})[kind] = {"steps": run.train.steps, "tokens": tokens}
-                bench.progress(seed * _pairs(config) + _place(config, language, kind) + 1, config.seeds * _pairs(config))
+                bench.progress(
+                    seed * _pairs(config) + _place(config, language, kind) + 1, config.seeds * _pairs(config)
+                )
     return found
 
 

@@ -17,7 +17,8 @@ def report(config: MorphBPEConfig, results: dict[str, Results], root: Path) -> s
     lines = [
         f"bits per byte after {config.seen_bytes / 1e6:.2f} MB, mean of {config.seeds} seeds +- standard error; difference to "
         f"{next(iter(config.tokenizers))}, paired by seed",
-        f"{'':<18}{'in domain':>17}{'difference':>19}{'out of domain':>17}{'difference':>19}{'tokens/word':>13}{'F1':>7}{'steps':>7}",
+        f"{'':<18}{'in domain':>17}{'difference':>19}{'out of domain':>17}{'difference':>19}{'tokens/word':>13}{'F1':>7}"
+        f"{'steps':>7}",
     ]
     for language in config.languages:
         first = next(iter(results["evaluate"][language].values()))

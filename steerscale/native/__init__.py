@@ -51,7 +51,11 @@ def library() -> ctypes.CDLL | None:
 @functools.cache
 def bpe_library() -> ctypes.CDLL | None:
     """The trainer of `bpe.cpp`, compiled and kept likewise; None if that cannot be done."""
-    return _load(SOURCE.with_name("bpe.cpp"), _BPE_SIGNATURES, without="trainer of merges, Python is used instead (some 50 times slower)")
+    return _load(
+        SOURCE.with_name("bpe.cpp"),
+        _BPE_SIGNATURES,
+        without="trainer of merges, Python is used instead (some 50 times slower)",
+    )
 
 
 def usable(*tensors: "torch.Tensor") -> ctypes.CDLL | None:

@@ -1,7 +1,7 @@
 """Byte-level BPE whose merges keep to morpheme boundaries as far as `tokenizer.bias` says; plain BPE at bias 0.
 
-What comes out is a `tokenizer.json` as every byte-level BPE has one: whoever loads it needs neither us nor the segmentation, and
-every text, byte for byte, comes back from its tokens.
+What comes out is a `tokenizer.json` as every byte-level BPE has one: whoever loads it needs neither us nor the segmentation,
+and every text, byte for byte, comes back from its tokens.
 """
 
 import hashlib

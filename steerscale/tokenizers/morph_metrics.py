@@ -1,5 +1,6 @@
-"""How well the parts of words are their morphemes. Words and parts as bytes; gold segmentations laid onto the word as spelled."""
+"""How well the parts of words are their morphemes. Parts are bytes; gold morphemes are laid onto the word as it is spelled."""
 
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -67,7 +68,7 @@ def score_words(cut: Cut, gold: Mapping[str, Sequence[str]], *, seed: int = 0) -
 
 def _parts(word: str, morphemes: Sequence[str]) -> list[bytes]:
     cuts = [0, *place_morphemes(word, morphemes), len(word)]
-    return [word[begin:end].encode() for begin, end in zip(cuts, cuts[1:])]
+    return [word[begin:end].encode() for begin, end in itertools.pairwise(cuts)]
 
 
 def _borders(parts: Sequence[bytes]) -> set[int]:

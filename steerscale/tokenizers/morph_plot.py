@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def plot_comparison(path: Path, found: Mapping[str, Any]) -> None:
-    """Draw what `steerscale tokenizer eval` writes as eval.json: fertility by text, F1 over parts a word, vocabularies in common."""
+    """Draw what `steerscale tokenizer eval` writes as eval.json: fertility by text, F1 over parts a word, shared vocabulary."""
     from matplotlib.figure import Figure  # the library's own figure, not pyplot's: no display, nothing global
 
     draw = [function for key, function in (("texts", _draw_texts), ("gold", _draw_gold)) if found[key]]
@@ -48,7 +48,9 @@ def _draw_overlap(axes: "Axes", found: Mapping[str, Any]) -> None:
     axes.imshow([list(row.values()) for row in found["overlap"].values()], vmin=0, vmax=1, cmap="Blues")
     for y, row in enumerate(found["overlap"].values()):
         for x, value in enumerate(row.values()):
-            axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value > 0.6 else "black")
+            axes.text(
+                x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value > 0.6 else "black"
+            )
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set(title="share of vocabulary in common")

@@ -5,6 +5,7 @@ begins. A word it does not know has none.
 """
 
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ def write_segmentation(path: Path, words: Iterable[str], segmentation: Segmentat
     for word in sorted({word.lower() for word in words if word.isalpha()}):
         if borders := segmentation(word):
             cuts = [0, *borders, len(word)]
-            rows.append(f"{word}\t{' '.join(word[begin:end] for begin, end in zip(cuts, cuts[1:]))}\n")
+            rows.append(f"{word}\t{' '.join(word[begin:end] for begin, end in itertools.pairwise(cuts))}\n")
     path.write_text("".join(rows), encoding="utf-8")
     return len(rows)
 
@@ -56,7 +57,7 @@ def cut_by(table: Mapping[str, Sequence[int]]) -> Callable[[str], list[bytes]]:
 
     def cut(word: str) -> list[bytes]:
         cuts = [0, *segmentation(word), len(word)]
-        return [word[begin:end].encode() for begin, end in zip(cuts, cuts[1:])]
+        return [word[begin:end].encode() for begin, end in itertools.pairwise(cuts)]
 
     return cut
 

@@ -22,8 +22,8 @@ class Spelling:
             if b"".join(self.cut(_PROBE)) in (_PROBE.encode(), b" " + _PROBE.encode()):
                 return
         raise DataError(
-            f"this {tokenizer.type} tokenizer does not spell texts as they are (it normalises them, or writes its vocabulary in a "
-            "way unknown here): tokens cannot be laid onto morphemes"
+            f"this {tokenizer.type} tokenizer does not spell texts as they are (it normalises them, or writes its vocabulary "
+            "in a way unknown here): tokens cannot be laid onto morphemes"
         )
 
     def cut(self, text: str) -> list[bytes]:

@@ -15,7 +15,7 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]
 """GPT-2's, but a combining mark belongs to its letter."""
 
 # The pattern never goes on from a sign to white space, so what is cut there can be counted before it is cut further: far fewer
-# different chunks than chunks go through the pre-tokenizer. Python counts U+001C to U+001F as white space, the pattern does not.
+# different chunks than chunks go through the pre-tokenizer. U+001C to U+001F are white space to Python, not to the pattern.
 _CHUNK = re.compile(r"\s*\S+|\s+")
 _DISPUTED = re.compile("[\x1c-\x1f]")
 
@@ -37,7 +37,7 @@ def _byte_characters() -> list[str]:
 
 
 BYTE_CHARACTERS = _byte_characters()
-"""How byte-level tokenizers write each byte in their vocabulary (Radford et al. 2019: no control characters, no white space)."""
+"""How byte-level tokenizers write each byte in their vocabulary (Radford et al. 2019): no control characters or white space."""
 _BYTES = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 
 

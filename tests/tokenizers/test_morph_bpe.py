@@ -19,7 +19,9 @@ from steerscale.tokenizers.registry import load_tokenizer, train_tokenizer
 from tests.tokenizers.morph_words import BYTE_IDS, TEXTS, TOKENS
 from tests.tokenizers.test_spm import PARTS, SPECIAL, random_text
 
-SEGMENTS = "installation\tinstall ation\ninstallieren\tinstall ieren\npakete\tpaket e\npaketen\tpaket en\nsysteme\tsystem e\n"
+SEGMENTS = (
+    "installation\tinstall ation\ninstallieren\tinstall ieren\npakete\tpaket e\npaketen\tpaket en\nsysteme\tsystem e\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,9 @@ def test_training_is_the_same_in_every_process(table: str, tmp_path: Path) -> No
             f"'--segmentation',{table!r},'--vocab-size','700'])"
         )
         environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}
-        done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
+        )
         assert "morph_bpe tokenizer, 700 tokens" in done.stdout
         hashes.append((tmp_path / seed / "tokenizer.json").read_bytes())
     assert hashes[0] == hashes[1]
@@ -168,7 +172,14 @@ def test_datasets_are_prepared_with_it(table: str, tmp_path: Path) -> None:
 
 
 def test_words_are_those_of_the_pre_tokenizer() -> None:
-    odd = ["a  b\t c\n\nd", "x\x1cy \x1f z", "don't we'll 12ab3", "e\u0301te\u0301 \u00a0\u2003q", " \n ", "日本語 テスト"]
+    odd = [
+        "a  b\t c\n\nd",
+        "x\x1cy \x1f z",
+        "don't we'll 12ab3",
+        "e\u0301te\u0301 \u00a0\u2003q",
+        " \n ",
+        "日本語 テスト",
+    ]
     counted: dict[bytes, int] = {}
     for text in [*odd, *TEXTS[:100]]:
         for piece, _ in pre_tokenizer().pre_tokenize_str(text):

@@ -117,7 +117,15 @@ def test_command_prints_tables_and_writes_files(
     (tmp_path / "gold.tsv").write_text("Paketen\tPaket @@en\nläuft\tlauf @@t\n")
     (tmp_path / "cut.tsv").write_text("paketen\tpak eten\n")
     directories = [str(tmp_path / name) for name in spellings]
-    command = ["tokenizer", "eval", *directories, "--text", str(tmp_path / "text.txt"), "--gold", str(tmp_path / "gold.tsv")]
+    command = [
+        "tokenizer",
+        "eval",
+        *directories,
+        "--text",
+        str(tmp_path / "text.txt"),
+        "--gold",
+        str(tmp_path / "gold.tsv"),
+    ]
     assert main([*command, "--segmentation", str(tmp_path / "cut.tsv"), "-o", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("tokens/word", "unigram", "cut.tsv", "2 words, 2.00 morphemes a word"))

@@ -67,7 +67,7 @@ def test_without_bias_merges_are_those_of_the_tokenizers_library() -> None:
     reference.train_from_iterator(TEXTS, trainer)
     model = json.loads(reference.to_str())["model"]
     counted = count_words(TEXTS)
-    borders = [[at for at in range(1, len(word))] for word in counted]  # which mean nothing at bias 0
+    borders = [list(range(1, len(word))) for word in counted]  # which mean nothing at bias 0
     learned = learn(list(counted), borders, list(counted.values()), vocab_size=3000, bias=0.0)
     pieces = [*SPECIAL.values(), *map(spell, TOKENS[len(SPECIAL) :])]
     merges = []

@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import lzma
 import random
 import subprocess
@@ -50,7 +51,7 @@ def hunspell(tmp_path: Path) -> Path:
 )
 def test_morphemes_are_laid_onto_the_word(word: str, morphemes: list[str], cut: str) -> None:
     cuts = [0, *place_morphemes(word, morphemes), len(word)]
-    assert " ".join(word[begin:end] for begin, end in zip(cuts, cuts[1:])) == cut
+    assert " ".join(word[begin:end] for begin, end in itertools.pairwise(cuts)) == cut
 
 
 def test_borders_lie_in_the_word_and_in_order() -> None:
@@ -84,7 +85,9 @@ def test_sigmorphon_and_morphynet_tables(tmp_path: Path) -> None:
 
 def test_hunspell_rules_are_read_backwards(hunspell: Path) -> None:
     lexicon = read_lexicon(hunspell)
-    found = {word: list(lexicon(word)) for word in ("walks", "cities", "baking", "mladý", "nebake", "neklidý", "nebaking")}
+    found = {
+        word: list(lexicon(word)) for word in ("walks", "cities", "baking", "mladý", "nebake", "neklidý", "nebaking")
+    }
     assert found == {
         "walks": [4], "cities": [3], "baking": [3], "mladý": [4], "nebake": [2], "neklidý": [2, 6], "nebaking": [],
     }  # fmt: skip
@@ -96,7 +99,11 @@ def test_own_table_must_spell_the_word(tmp_path: Path) -> None:
     path.write_text("running\trunn ing\nRunner\tRun n er\n")
     assert read_segmentations(path) == {"running": [4], "Runner": [3, 4]}
     segmentation = find_segmentation(str(path), {})
-    assert (list(segmentation("RUNNING")), list(segmentation("Runner")), list(segmentation("runner"))) == ([4], [3, 4], [])
+    assert (list(segmentation("RUNNING")), list(segmentation("Runner")), list(segmentation("runner"))) == (
+        [4],
+        [3, 4],
+        [],
+    )
     assert cut_by(read_segmentations(path))("running") == [b"runn", b"ing"]
     path.write_text("ingenuities\tingenuity s\n")
     with pytest.raises(DataError, match=r"is not 'ingenuities'; for morphemes in dictionary form write lexicon:"):
