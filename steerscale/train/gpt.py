@@ -152,11 +152,15 @@ class GPTTask:
 
 def build_gpt_task(config: RunConfig, context: ParallelContext, *, peak_tflops: float | None = None) -> GPTTask:
     """Model chunks of this rank with their initial weights (drawn or imported), the engine, and the data."""
-    engine = _deepspeed_engine(config, context) if config.engine.name == "deepspeed" else _engine(config, context)
-    return GPTTask(config=config, context=context, engine=engine, peak_tflops=peak_tflops)
+    return GPTTask(config=config, context=context, engine=build_engine(config, context), peak_tflops=peak_tflops)
 
 
-def _engine(config: RunConfig, context: ParallelContext) -> MegatronEngine:
+def build_engine(config: RunConfig, context: ParallelContext) -> Engine:
+    """The engine that config.engine names, with this rank's part of the model in it."""
+    return (_deepspeed_engine if config.engine.name == "deepspeed" else _megatron_engine)(config, context)
+
+
+def _megatron_engine(config: RunConfig, context: ParallelContext) -> MegatronEngine:
     transformer = _transformer_config(config, context)
     chunks = build_chunks(config.model, transformer, context)
     return MegatronEngine(
