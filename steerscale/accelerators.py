@@ -87,9 +87,9 @@ def adam_class(choice: Literal["torch", "apex", "te"]) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def kernel_table(choice: Literal["torch", "apex", "te"]) -> list[Accelerator]:
-    """What was found, torch first, and what a run with this choice uses each for."""
-    library = _ADAMS[choice][0]
+def kernel_table(choice: Literal["torch", "apex", "te"] | None) -> list[Accelerator]:
+    """What was found, torch first, and what a run with this choice uses each for; None: the engine has an AdamW of its own."""
+    library = _ADAMS[choice][0] if choice is not None else None
     adam = "fused AdamW"
     rows = [Accelerator("torch", True, "found", ", ".join([*([adam] if choice == "torch" else []), TORCH_USES]))]
     return rows + [

@@ -92,6 +92,9 @@ def test_kernels_are_chosen_by_wish_device_and_what_is_there(monkeypatch: pytest
     rows = {row.name: row for row in kernel_table("apex")}
     assert rows["Apex"].use == "fused AdamW"
     assert "AdamW" not in rows["torch"].use
+    assert not any("AdamW" in row.use for row in kernel_table(None))
+    with pytest.raises(ConfigError, match="DeepSpeed brings its own AdamW"):
+        EngineConfig(name="deepspeed", kernels="apex")
     text = format_table(kernel_table("torch"))
     assert text.splitlines()[0].split() == ["library", "used", "for"]
     assert "fused AdamW, scaled_dot_product_attention" in text

@@ -49,6 +49,10 @@ class EngineConfig:
                 "engine.precision=fp16 needs engine=deepspeed, which scales the loss; with engine=megatron use bf16 or fp32",
             )
         else:
+            require(
+                self.kernels == "auto",
+                f"engine.kernels={self.kernels} is a setting of the Megatron engine, DeepSpeed brings its own AdamW: leave it out",
+            )
             self._check_zero()
 
     def _check_zero(self) -> None:

@@ -130,7 +130,9 @@ def _announce(config: RunConfig, context: ParallelContext, task: Task, progress:
     how = f"{config.engine.precision}, {config.engine.title}"
     logger.info("%s on %d x %s, %s", context.layout, context.layout.world_size, device, how)
     logger.info("%s", task.describe())
-    table = format_table(kernel_table(choose_kernels(config.engine.kernels, on_cuda=context.device.type == "cuda")))
+    of_megatron, on_cuda = config.engine.name == "megatron", context.device.type == "cuda"
+    adam = choose_kernels(config.engine.kernels, on_cuda=on_cuda) if of_megatron else None
+    table = format_table(kernel_table(adam))
     logger.info("kernels\n%s", table)
     write_text(Path(config.run_dir) / KERNELS, f"{table}\n")
 
