@@ -51,7 +51,7 @@ class EngineConfig:
         else:
             require(
                 self.kernels == "auto",
-                f"engine.kernels={self.kernels} is a setting of the Megatron engine, DeepSpeed brings its own AdamW: leave it out",
+                f"engine.kernels={self.kernels} is for the Megatron engine, DeepSpeed brings its own AdamW: leave it out",
             )
             self._check_zero()
 
