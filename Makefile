@@ -57,6 +57,7 @@ format: setup
 # Every claim about speed, each against its reference in the same run.
 bench: setup
 	$(BIN)/python benchmarks/tokenize.py
+	$(BIN)/python benchmarks/morph_bpe.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/gpt_overhead.py
 	$(BIN)/python benchmarks/planner_accuracy.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/sae_step.py
