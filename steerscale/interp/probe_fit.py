@@ -29,6 +29,9 @@ class FitConfig:
 
     l2: float = 100.0
     """Penalty of logistic and ridge on standardised activations; scikit-learn's 1 / C."""
+    per_coordinate: bool = True
+    """Standardise each coordinate by its own deviation; False: all by the median one. Predictions are best with True; with False the
+    penalty does not favour coordinates that hardly move, so weights are directions that activations vary along."""
     shrinkage: float = 0.01
     """Of mass_mean's covariance towards its diagonal."""
     iterations: int = 200
@@ -124,9 +127,11 @@ class Standard(NamedTuple):
         return Linear(weight_CM, bias_C - weight_CM @ self.mean_M)
 
 
-def standardise(x_VM: torch.Tensor) -> Standard:
-    """Coordinates that never change stay 0."""
+def standardise(x_VM: torch.Tensor, *, per_coordinate: bool = True) -> Standard:
+    """Coordinates that never change stay 0. `per_coordinate`: see `FitConfig`."""
     deviation_M, mean_M = torch.std_mean(x_VM, dim=0, correction=0)
+    if not per_coordinate:
+        deviation_M = deviation_M.median().expand_as(deviation_M).contiguous()
     deviation_M = torch.where(deviation_M > 0, deviation_M, 1)
     return Standard((x_VM - mean_M) / deviation_M, mean_M, deviation_M)
 
@@ -139,7 +144,7 @@ def fit_logistic(x_VM: torch.Tensor, y_V: torch.Tensor, means_CM: torch.Tensor, 
     penalty, one Cholesky factor of M x M, it begins near the identity and tens of passes suffice.
     """
     number, count = len(means_CM), len(x_VM)
-    standard = standardise(x_VM)
+    standard = standardise(x_VM, per_coordinate=config.per_coordinate)
     z_VM = standard.z_VM
     gram_MM = (z_VM.T @ z_VM).double() / (count * number)
     factor_MM = torch.linalg.cholesky(
@@ -177,7 +182,7 @@ def fit_logistic(x_VM: torch.Tensor, y_V: torch.Tensor, means_CM: torch.Tensor, 
 
 
 def _fit_ridge(x_VM: torch.Tensor, y_V: torch.Tensor, means_CM: torch.Tensor, config: FitConfig) -> Linear:
-    standard = standardise(x_VM)
+    standard = standardise(x_VM, per_coordinate=config.per_coordinate)
     targets_VC = torch.nn.functional.one_hot(y_V, len(means_CM)).float()
     share_C = targets_VC.mean(dim=0)
     gram_MM = (standard.z_VM.T @ standard.z_VM).double()

@@ -10,8 +10,8 @@ For words that are one token, read at that token after a fixed prompt:
    a cosine of at least 0.025 to the probe's direction makes up at least 0.4 of the activation's projection on it.
 
 The absorption fraction counts partial absorption: of the projection, the part of up to three latents with a cosine of at least
-0.1, against the main latents' part. Thresholds of 2, 3 and the fraction are SAEBench 0.6's; other than there, latents are picked
-by means and not by an L1 probe, and the prompt has no examples.
+0.1, against the main latents' part. Thresholds of 2, 3 and the fraction are SAEBench 0.6's; other than there, latents are
+picked by means and not by an L1 probe, and the prompt has no examples.
 
 Shapes: V words, M d_model, N latents.
 """
@@ -108,6 +108,7 @@ def absorption(
         y_V = torch.tensor([index.get(letter, -1) for letter in letters[begin::2]], device=x_VM.device)
         sides.append((x_VM[begin::2][y_V >= 0], y_V[y_V >= 0]))
     (train_VM, train_V), (test_VM, test_V) = sides
+    fit = fit or FitConfig(per_coordinate=False)
     probe = fit_probe(train_VM, train_V, classes, hook="-", kind="logistic", config=fit)
     right_V = probe.logits(test_VM).argmax(dim=1)
     candidates_CK = distinctive_latents(sae, train_VM, train_V, len(classes), MAX_SPLIT, higher=True)

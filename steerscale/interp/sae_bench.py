@@ -150,7 +150,7 @@ class _Bench:
         activations = self._read(encoded, "absorption")
 
         def measure(sae: Any, x_VM: torch.Tensor) -> list[Absorption]:
-            return absorption(sae, x_VM, letters, fit=self._probe.fit)
+            return absorption(sae, x_VM, letters, fit=replace(self._probe.fit, per_coordinate=False))
 
         for name, records in self._each("absorption", activations, measure).items():
             found[name].absorption = records
@@ -179,7 +179,8 @@ class _Bench:
         activations = self._read(encoded, "spurious correlation removal")
 
         def measure(sae: Any, x_TM: torch.Tensor) -> list[Removal]:
-            options: dict[str, Any] = {"numbers": self._config.removed, "fit": self._probe.fit}
+            fit = replace(self._probe.fit, per_coordinate=False)
+            options: dict[str, Any] = {"numbers": self._config.removed, "fit": fit}
             return [
                 spurious_removal(sae, x_TM, texts_T, label_V, spurious_V, name=" or ".join(names[0]), **options),
                 spurious_removal(sae, x_TM, texts_T, spurious_V, label_V, name=" or ".join(names[1]), **options),

@@ -7,7 +7,8 @@ are independent? With a(n) its accuracy there when n latents are ablated, and b 
     score(n) = (a(n) - a(0)) / (b - a(0))
 
 Latents are ranked by (difference of their means between the attribute's values) x (decoder row along the attribute's probe). A
-text is the mean of its tokens; ablating a latent takes its decoder row times its mean value away: a delta, the error stays.
+text is the mean of its tokens; an ablated latent has its mean over balanced text instead of its value: a delta, the error stays.
+(Zeros, as in SAEBench, move the probe to one side where only one of the attribute's values has a latent.)
 
 Shapes: T tokens, V texts, M d_model, N latents.
 """
@@ -69,7 +70,7 @@ def spurious_removal(
         x_TM: activations of all tokens that count; texts_T: the text each belongs to.
     Raises DataError if a combination has too few texts.
     """
-    fit, number = fit or FitConfig(), len(label_V)
+    fit, number = fit or FitConfig(per_coordinate=False), len(label_V)
     cells = [torch.nonzero((label_V == label) & (spurious_V == value))[:, 0] for label in (0, 1) for value in (0, 1)]
     size = min(map(len, cells)) // 2
     if size < MIN_TEXTS:
@@ -99,7 +100,8 @@ def spurious_removal(
     after = {}
     for many in numbers:
         chosen = latents[:many]
-        without_VM = x_VM[test] - f_VN[test][:, chosen] @ rows_NM[chosen]
+        excess_VN = f_VN[test][:, chosen] - f_VN[train][:, chosen].mean(dim=0)
+        without_VM = x_VM[test] - excess_VN @ rows_NM[chosen]
         after[many] = right(biased, without_VM, label_V)
     gap = best - before
     return Removal(
