@@ -7,7 +7,7 @@ are independent? With a(n) its accuracy there when n latents are ablated, and b 
     score(n) = (a(n) - a(0)) / (b - a(0))
 
 Latents are ranked by (difference of their means between the attribute's values) x (decoder row along the attribute's probe). A
-text is the mean of its tokens; an ablated latent has its mean over balanced text instead of its value: a delta, the error stays.
+text is the mean of its tokens; an ablated latent has its mean over balanced text instead of its value: a delta, errors stay.
 (Zeros, as in SAEBench, move the probe to one side where only one of the attribute's values has a latent.)
 
 Shapes: T tokens, V texts, M d_model, N latents.

@@ -112,14 +112,14 @@ def test_removal_works_if_the_attribute_has_latents_of_its_own(entangled: bool) 
         rotation = torch.linalg.qr(noise(WIDTH, WIDTH, seed=4)).Q
         sae = replace(sae, W_enc=rotation @ sae.W_enc, W_dec=sae.W_dec @ rotation.T)
     found = spurious_removal(sae, x_TM, texts_T, label_V, spurious_V, name="label", numbers=(2, 3))
-    assert found.before < 0.8
+    assert found.before < 0.6
     assert found.oracle > 0.95
-    assert found.spurious > 0.7
+    assert found.spurious > 0.9
     if entangled:
-        assert found.score[2] < 0.7
+        assert max(found.score.values()) < 0.3
     else:
         assert set(found.latents[:2]) == {4, 6}
-        assert found.score[2] > 0.9
+        assert found.score[2] > 0.8
     with pytest.raises(DataError, match="of each combination"):
         spurious_removal(sae, x_TM, texts_T, label_V, label_V, name="label")
 
