@@ -30,8 +30,8 @@ class FitConfig:
     l2: float = 100.0
     """Penalty of logistic and ridge on standardised activations; scikit-learn's 1 / C."""
     per_coordinate: bool = True
-    """Standardise each coordinate by its own deviation; False: all by the median one. Predictions are best with True; with False
-    the penalty does not favour coordinates that hardly move, so weights are directions that activations vary along."""
+    """Standardise each coordinate by its own deviation; False: all by the median one. Predictions are best with True; with
+    False the penalty does not favour coordinates that hardly move: weights are directions that activations vary along."""
     shrinkage: float = 0.01
     """Of mass_mean's covariance towards its diagonal."""
     iterations: int = 200
