@@ -58,10 +58,16 @@ class Engine(Protocol):
     """Forward and backward over micro-batches, clipping, AdamW, and their state. All ranks call every method together."""
 
     context: ParallelContext
-    shards: Sequence[tuple[Shard, torch.nn.Parameter]]
-    """Every parameter of this rank with its place in the whole model."""
-    unwrapped: Sequence[torch.nn.Module]
-    """This rank's part of the model, as it was given."""
+
+    @property
+    def shards(self) -> Sequence[tuple[Shard, torch.nn.Parameter]]:
+        """Every parameter of this rank with its place in the whole model."""
+        ...
+
+    @property
+    def unwrapped(self) -> Sequence[torch.nn.Module]:
+        """This rank's part of the model, as it was given."""
+        ...
 
     def train_step(
         self,

@@ -97,7 +97,7 @@ def _import_muon() -> None:
 def _forget_groups() -> None:
     """Empty DeepSpeed's module-level variables: what is of a process group that is gone must not meet the next one."""
     with contextlib.suppress(ImportError):
-        comm = importlib.import_module("deepspeed.comm.comm")
+        comm: Any = importlib.import_module("deepspeed.comm.comm")
         groups = importlib.import_module("deepspeed.utils.groups")
         groups._release_process_group_references()
         comm.cdb = None

@@ -19,10 +19,20 @@ from steerscale.parallel.shards import Shard
 class Plan(Protocol):
     """A layer that is still to be built."""
 
-    kind: type[torch.nn.Module]
-    arguments: tuple[Any, ...]
-    tied: bool
-    """Whether its attribute `tied_weight` is one parameter with that of the other layers of which this is said."""
+    @property
+    def kind(self) -> type[torch.nn.Module]:
+        """Its class."""
+        ...
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the class is called with."""
+        ...
+
+    @property
+    def tied(self) -> bool:
+        """Whether its attribute `tied_weight` is one parameter with that of the other layers of which this is said."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class Pipeline:
     plans: Sequence[Plan]
     spread: type[torch.nn.Module]
     """The kind of layer of which every stage gets as many."""
-    inputs: Callable[[Any], tuple[torch.Tensor, ...]]
+    inputs: Callable[[Any], Sequence[torch.Tensor]]
     """What the first layer reads of a micro-batch."""
     outputs: Callable[..., torch.Tensor]
     """(the last layer's output, *what the forward function calls a chunk with) -> what a chunk returns: losses."""
@@ -111,8 +121,8 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
     def _feed(self, micro_batches: Sequence[Any]) -> Iterator[tuple[Any, tuple[()]]]:
         """What DeepSpeed reads: inputs, and no labels, since the loss takes the micro-batch itself."""
         for batch in micro_batches:
-            inputs = self._pipeline.inputs(batch)
-            yield (inputs if len(inputs) > 1 else inputs[0]), ()
+            first, *rest = self._pipeline.inputs(batch)
+            yield ((first, *rest) if rest else first), ()
 
     def _loss(self, output: torch.Tensor, labels: tuple[()]) -> torch.Tensor:
         """Called on the last stage once for each micro-batch, in order."""

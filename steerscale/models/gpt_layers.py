@@ -115,7 +115,9 @@ class HeadLayer(Layer):
     @property
     def tied_weight(self) -> torch.nn.Parameter:
         """What the embedding shares."""
-        return self.output_layer.weight
+        weight = self.output_layer.weight
+        assert weight is not None
+        return weight
 
     def forward(self, hidden_SBM: torch.Tensor) -> torch.Tensor:
         logits, _ = self.output_layer(hidden_SBM)

@@ -12,7 +12,7 @@ from steerscale.config import require
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 """Of weights and matrix products; gradients are accumulated and parameters updated in fp32 either way."""
 
 

@@ -15,9 +15,9 @@ from steerscale.planning.hardware import Precision
 GIB = 2**30
 MASK_BYTES = 1
 FP32_BYTES = 4
-WEIGHT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
-# Adam's two moments in fp32 and, where the weights are bf16, their fp32 main copy.
-OPTIMIZER_BYTES: dict[Precision, int] = {"fp32": 8, "bf16": 12}
+WEIGHT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Adam's two moments in fp32 and, where the weights have 16 bits, their fp32 main copy.
+OPTIMIZER_BYTES: dict[Precision, int] = {"fp32": 8, "bf16": 12, "fp16": 12}
 
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
