@@ -33,7 +33,9 @@ def add_apply_arguments(parser: argparse.ArgumentParser) -> None:
         "--strength", type=float, nargs="+", default=[1.0], metavar="X", help="factors of the change (default: 1)"
     )
     group.add_argument(
-        "--positions", metavar="A:B", help="act there only, like -1 or 2:5 (default: everywhere, new tokens as well)"
+        "--positions",
+        metavar="A:B",
+        help="act there only in the prompt, like -1 or 2:5 (default: everywhere, new tokens as well)",
     )
     group.add_argument("--watch", nargs="+", default=[], metavar="TEXT", help="show the probability of its first token")
     group.add_argument("--top-tokens", type=int, default=10, metavar="N", help="in the table (default: %(default)s)")
@@ -60,16 +62,20 @@ def apply(args: argparse.Namespace) -> None:
                 raise ConfigError(
                     f"the probe {probe.name} is of activations of width {probe.width}, this model has {lm.model.d_model}"
                 )
-        edits = {
-            strength: {
-                probe.hook: probe_edit(probe, **edit, strength=strength, positions=positions) for probe in probes
+        there, everywhere = (
+            {
+                strength: {
+                    probe.hook: probe_edit(probe, **edit, strength=strength, positions=where) for probe in probes
+                }
+                for strength in args.strength
             }
-            for strength in args.strength
-        }
+            for where in (positions, None)
+        )
         for index, prompt in enumerate(args.prompt or [""]):
-            _show_prompt(lm, edits, prompt, args, picture=args.output if index == 0 else None)
+            _show_prompt(lm, there, prompt, args, picture=args.output if index == 0 else None)
         if args.text is not None:
-            _show_loss(lm, edits, args)
+            # Positions of the prompt mean nothing in other text: the cost is that of the edit at every token.
+            _show_loss(lm, everywhere, args)
 
 
 def _edit(args: argparse.Namespace) -> dict[str, Any]:
