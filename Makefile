@@ -28,7 +28,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-peers.txt
 	touch $@
 
 # The main job: German tokenizer -> dataset -> GPT at TP2 x PP2 x DP2 (8 ranks) -> throughput and a sample of text -> SAE at TP2
-# on the GPT's streamed activations -> what the SAE is worth.
+# on the GPT's streamed activations -> what the SAE is worth -> a latent of it, found by text and turned up: a text before and after.
 demo: $(VENV)/.ready
 	test -d $(DEMO)/tokenizer || $(BIN)/steerscale tokenizer train sample:german --type unigram --vocab-size 4096 -o $(DEMO)/tokenizer
 	test -d $(DEMO)/dataset || $(BIN)/steerscale data prepare sample:german --tokenizer $(DEMO)/tokenizer -o $(DEMO)/dataset
@@ -37,6 +37,8 @@ demo: $(VENV)/.ready
 	$(BIN)/steerscale sample runs/german_demo --prompt 'Die Installation' --max-tokens 80
 	$(BIN)/python -m launch.train --config-name train_sae experiment=german_demo_sae
 	$(BIN)/steerscale sae eval runs/german_demo_sae --samples 24
+	$(BIN)/steerscale sae find runs/german_demo_sae --query Debian --samples 32 --count 5 --save runs/german_demo_steer.yaml --times 10
+	$(BIN)/steerscale steer runs/german_demo_steer.yaml --prompt 'Die Installation' --max-tokens 24 --top-tokens 6
 	@echo; echo 'Curves and throughput:  $(BIN)/tensorboard --logdir runs'
 
 test: setup

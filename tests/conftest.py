@@ -33,3 +33,20 @@ def german_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = PrepareConfig(split=[0.95, 0.05, 0.0])
     prepare_dataset([str(text)], tokenizer=directory / "tokenizer", output=directory / "data", config=config)
     return directory / "data"
+
+
+@pytest.fixture(scope="session")
+def sae_run(pool: RankPool, german_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of an SAE on a run of a GPT, both barely trained: runs/german_demo_sae beside runs/german_demo."""
+    from steerscale.rundir import create_run_dir
+    from tests.sae.training import language_model, sae_config, train_sae
+    from tests.train.runs import train
+
+    directory = tmp_path_factory.mktemp("steer") / "runs"
+    directory.mkdir()
+    lm = language_model(german_data, directory / "german_demo")
+    pool.run(train, lm, ranks=1)
+    config = sae_config(lm, german_data, directory / "german_demo_sae")
+    create_run_dir(Path(config.run_dir), config, command=["test"])
+    pool.run(train_sae, config, ranks=1)
+    return Path(config.run_dir)

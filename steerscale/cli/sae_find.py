@@ -61,6 +61,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the halves (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="FILE.yaml",
+        help="write a recipe that turns the first one up to --times the largest value seen (--query and labels)",
+    )
+    parser.add_argument("--times", type=float, default=2.0, metavar="X", help="of --save (default: %(default)s)")
     parser.set_defaults(run=run)
 
 
@@ -81,11 +88,33 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError("no latent was found: is there such a thing in the text? --samples N reads more of it")
         promoted, _ = token_effects(lm, source.sae, [one.latent for one in found], args.top_tokens)
         pieces = [[lm.tokenizer.piece(token) for token, _ in promoted.pairs(row)] for row in range(len(found))]
+    if args.save is not None:
+        _save(args, source, found[0])
     if args.json:
         rows = [{"latent": one.latent, **one.figures, "promoted": tokens} for one, tokens in zip(found, pieces)]
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     else:
         print(_table(found, pieces))
+
+
+def _save(args: argparse.Namespace, source: "SAESource", best: "Found") -> None:
+    from steerscale.config import dump_yaml
+    from steerscale.interp.recipes import EditRecipe, Recipe, SAERecipe
+
+    target = args.times * best.figures.get("largest", 0.0)
+    if not target:
+        raise ConfigError(
+            f"--save needs a latent's values in a text, of which latent {best.latent} has none: find it by text"
+        )
+    edit = EditRecipe(latent=best.latent, target=float(f"{target:.4g}"))
+    recipe = Recipe(
+        model=None if args.model is None else str(args.model),
+        saes=[SAERecipe(path=str(args.source), name=args.sae, hook=args.hook, edits=[edit])],
+        spare_special=source.spare_special,
+        spare_first=source.spare_first,
+    )
+    args.save.parent.mkdir(parents=True, exist_ok=True)
+    args.save.write_text(dump_yaml(recipe), encoding="utf-8")
 
 
 def _find(args: argparse.Namespace, lm: "LanguageModel", source: "SAESource") -> "list[Found]":
@@ -95,10 +124,8 @@ def _find(args: argparse.Namespace, lm: "LanguageModel", source: "SAESource") ->
 
     way = next(way for way in WAYS if getattr(args, way) is not None)
     if way == "query":
-        if source.text is None:
-            raise ConfigError(f"{args.source} does not bring a text: name a dataset or a file with --text")
         spared = {"spare_special": source.spare_special, "spare_first": source.spare_first}
-        texts = sequences_of(lm, source.text, samples=args.samples)
+        texts = sequences_of(lm, source.text_path(), samples=args.samples)
         index = build_index(lm, source.sae, texts, hook=source.hook, num_drawn=0, **spared)
         return find.find_by_query(lm, index, args.query, count=args.count)
     if way in ("pattern", "contrast", "task"):

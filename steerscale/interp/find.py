@@ -88,8 +88,8 @@ def label_figures(found: Activity, has_V: torch.Tensor) -> dict[str, torch.Tenso
     """How well each latent tells places with a label (bool [V]) from the others; float64 [J] by name.
 
     auc: probability that a place with the label has the larger value than one without, ties counted half (Mann-Whitney).
-    places: how many have the label. inside, outside: mean values. active inside, active outside: share of the places that
-    activate it.
+    places: how many have the label. inside, outside: mean values; largest: of those with the label. active inside, active
+    outside: share of the places that activate it.
     Raises ConfigError if all places or none have the label.
     """
     inside, outside = int(has_V.sum()), int((~has_V).sum())
@@ -114,11 +114,13 @@ def label_figures(found: Activity, has_V: torch.Tensor) -> dict[str, torch.Tenso
     wins_J = wins_J + active_inside_J * (outside - active_outside_J)
     wins_J = wins_J + 0.5 * (inside - active_inside_J) * (outside - active_outside_J)
     value_n = value_n.double()
+    largest_J = torch.zeros(found.num_latents, dtype=torch.float64).scatter_reduce(0, latent_n, value_n * has_n, "amax")
     return {
         "auc": wins_J / (inside * outside),
         "places": torch.full((found.num_latents,), float(inside)),
         "inside": total(value_n * has_n) / inside,
         "outside": total(value_n * (1 - has_n)) / outside,
+        "largest": largest_J,
         "active inside": active_inside_J / inside,
         "active outside": active_outside_J / outside,
     }
@@ -218,9 +220,8 @@ def find_by_query(lm: LanguageModel, index: LatentIndex, pattern: str, *, count:
             near += bool(spans)
         if positions and near:
             share = len(positions)
-            found.append(
-                Found(latent=latent, figures={"at peak": hits / share, "in context": near / share, "contexts": share})
-            )
+            figures = {"at peak": hits / share, "in context": near / share, "contexts": share}
+            found.append(Found(latent=latent, figures={**figures, "largest": float(index.largest_J[row])}))
     found.sort(key=lambda one: (-one.figures["at peak"], -one.figures["in context"], -one.figures["contexts"]))
     return found[:count]
 

@@ -39,6 +39,14 @@ class SAESource:
             raise ConfigError(f"the SAE does not bring its language model{model}: name its directory (--model, model:)")
         return load_language_model(self.lm, context, checkpoint=self.checkpoint)
 
+    def text_path(self, text: str | Path | None = None) -> Path:
+        """`text`, or the one that the SAE brings. Raises ConfigError if there is none."""
+        if text is not None:
+            return Path(text)
+        if self.text is None:
+            raise ConfigError("the SAE does not bring a text: name a dataset or a text file")
+        return self.text
+
 
 def open_sae(path: Path, *, name: str | None = None, hook: str | None = None) -> SAESource:
     """Read an SAE of a run of ours, or one in a public format.

@@ -21,15 +21,12 @@ from steerscale.models.config import ModelConfig
 from steerscale.models.hooks import HookFunction
 from steerscale.parallel.context import initialize
 from steerscale.parallel.layout import ParallelLayout
-from steerscale.rundir import create_run_dir
 from steerscale.sae.formats import write_sae
 from steerscale.sae.weights import SAEWeights
 from steerscale.sampling import GREEDY
 from steerscale.testing.ranks import RankPool
 from tests.interp.saes import HOOK, perfect_sae, random_sae, silent_sae
 from tests.models.gpts import GPT2, build_random
-from tests.sae.training import language_model, sae_config, train_sae
-from tests.train.runs import train
 
 ATOL = 2e-5  # float32 logits of order 1 to 10
 ONE = ParallelLayout()
@@ -246,18 +243,6 @@ def test_steering_refuses_what_it_cannot_do() -> None:
             logits_of(lm, Steering(sae, EDITS, hook="blocks.9.hook_resid_post").functions(lm))
 
 
-@pytest.fixture(scope="module")
-def sae_run(pool: RankPool, german_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of SAEs on a run of ours."""
-    directory = tmp_path_factory.mktemp("steer")
-    lm = language_model(german_data, directory / "lm")
-    pool.run(train, lm, ranks=1)
-    config = sae_config(lm, german_data, directory / "sae")
-    create_run_dir(Path(config.run_dir), config, command=["test"])
-    pool.run(train_sae, config, ranks=1)
-    return Path(config.run_dir)
-
-
 def test_steer_command_on_a_run_and_on_an_exported_sae(
     sae_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,7 +261,7 @@ def test_steer_command_on_a_run_and_on_an_exported_sae(
     exported = tmp_path / "saelens"
     assert main(["sae", "convert", str(sae_run), str(exported)]) == 0
     capsys.readouterr()
-    lm, data = sae_run.parent / "lm", lines[-1].split(" of ")[1].split(":")[0]
+    lm, data = sae_run.parent / "german_demo", lines[-1].split(" of ")[1].split(":")[0]
     assert main(["steer", str(exported), *what, "--model", str(lm), "--text", data]) == 0
     assert capsys.readouterr().out == out
     saved = tmp_path / "recipe.yaml"

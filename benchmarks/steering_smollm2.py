@@ -1,0 +1,333 @@
+"""Latents of an SAE on SmolLM2-135M: what they are about, by labelled text; what steering by them does, against baselines.
+
+    python benchmarks/steering_smollm2.py runs/smollm2_sae --brown brown_tagged.txt.xz --parallel parallel_en_de_cs.tsv.xz -o o
+
+For each concept: the latents with the highest AUC on one half of a text; of the first six the one that moves the concept's
+next-token probability most on a few prompts, with its AUC on the other half; a recipe; a sweep that amplifies it and one that
+suppresses it, each beside prompting, activation addition, difference of means and a probe. What is written (recipes,
+sweep_*.json, latents.json) is not measured again: begin anew in another DIR. Results: docs/steering_smollm2.md.
+"""
+
+import sys
+from pathlib import Path
+
+# ruff: noqa: E402
+# The repository instead of this folder, where a script named tokenize.py hides Python's module of that name.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import json
+import random
+import time
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from steerscale.config import dump_yaml
+from steerscale.generation import next_logits
+from steerscale.interp import sweep_baselines as baselines
+from steerscale.interp.find import Activity, activity, compile_pattern, label_figures, pattern_examples
+from steerscale.interp.probe_activations import encode_examples
+from steerscale.interp.probe_labels import Example, read_examples, split_examples
+from steerscale.interp.recipes import EditRecipe, Recipe, SAERecipe, load_recipe
+from steerscale.interp.sources import SAESource, open_sae
+from steerscale.interp.steering import Edit, Steering
+from steerscale.interp.steering_plot import plot_sweep
+from steerscale.interp.sweep import Method, Sweep, concept_tokens, run_sweep
+from steerscale.language_model import LanguageModel, load_language_model
+from steerscale.parallel.context import initialize
+from steerscale.parallel.layout import ParallelLayout
+from steerscale.sampling import Sampling
+
+NEUTRAL = [
+    "I went for a walk in the park and",
+    "The teacher told the class that the most important thing is",
+    "My friend called me yesterday to say that",
+    "The best way to cook rice is",
+    "When the doctor came into the room,",
+    "The company announced this morning that",
+]
+TARGET_TIMES = 4
+"""A recipe's target, in means of the latent where the concept is."""
+CANDIDATES = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """What a latent is to be about."""
+
+    name: str
+    words: str
+    """Expression of whole words or signs: labels of AUC, the concept's next tokens, what texts are searched for."""
+    text: str
+    """brown, docs or language."""
+    instruction: str
+    """Of prompting."""
+    avoid: str
+    """Of prompting to suppress it."""
+    pair: tuple[str, str]
+    """Of activation addition."""
+    prompts: tuple[str, ...]
+    """After which it comes by itself, to suppress it."""
+
+
+CONCEPTS = (
+    Concept(
+        name="dates",
+        words=r"January|February|March|April|May|June|July|August|September|October|November|December|(?:1[89]|20)\d\d",
+        text="brown",
+        instruction="Write about dates, months and years.",
+        avoid="Do not mention any months or years.",
+        pair=("It happened on 5 May 2003", "It happened on the way home"),
+        prompts=(
+            "She was born on", "The war ended in", "The company was founded in", "The book was first published in",
+            "The meeting will take place on", "He died on the morning of",
+        ),
+    ),
+    Concept(
+        name="quotation",
+        words='["“”]',
+        text="brown",
+        instruction="Quote what people say, in quotation marks.",
+        avoid="Do not quote anybody and do not use quotation marks.",
+        pair=('He said, "I am here."', "He said that he was there."),
+        prompts=(
+            "She looked at him and said,", "The president replied:", "The word", "He opened the door and shouted,",
+            "The sign on the wall said", "My grandmother always told me:",
+        ),
+    ),
+    Concept(
+        name="digits",
+        words=r"\d+",
+        text="docs",
+        instruction="Write with many numbers, as digits.",
+        avoid="Do not use any numbers or digits.",
+        pair=("1, 2, 3, 4, 5, 6", "one thing and another thing"),
+        prompts=(
+            "The price of the ticket is $", "The answer to the sum is", "The train leaves at", "Chapter",
+            "The population of the city is", "The temperature today is",
+        ),
+    ),
+    Concept(
+        name="her",
+        words="[Ss]he|[Hh]er|[Hh]ers|[Hh]erself",
+        text="brown",
+        instruction="Write about what a woman does.",
+        avoid="Do not write about a woman.",
+        pair=("She took her hat and went to her sister", "He took his hat and went to his brother"),
+        prompts=(
+            "My mother was tired, so", "The girl lost", "The actress smiled when", "Anna told us that",
+            "The queen walked into the hall with", "My sister likes to read because",
+        ),
+    ),
+    Concept(
+        name="files",
+        words="[Ff]iles?|[Ff]olders?|[Dd]irectory|[Dd]irectories",
+        text="docs",
+        instruction="Write about files and folders on a computer.",
+        avoid="Do not mention files, folders or directories.",
+        pair=("Open the file in this folder", "Open the window in this room"),
+        prompts=(
+            "To save your work, choose a", "The program reads its settings from a", "Delete the", "The archive contains many",
+            "Click here to download the", "Copy the picture into the",
+        ),
+    ),
+    Concept(
+        name="german",
+        words="[Dd]er|[Dd]ie|[Dd]as|[Uu]nd|[Ii]st|[Nn]icht|[Ee]ine?|[Ss]ie|[Ww]ird|[Ww]erden|mit|[Ff]ür|von|zu|den|auf|im|dem",
+        text="language",
+        instruction="Schreibe auf Deutsch.",
+        avoid="Write in English only, not in German.",
+        pair=("Das ist ein schöner Tag und wir gehen in den Wald", "This is a beautiful day and we go to the forest"),
+        prompts=(
+            "Ich gehe heute in", "Das Haus ist", "Wir haben gestern", "Die Katze schläft auf",
+            "Der Lehrer sagt, dass", "Am Morgen trinke ich",
+        ),
+    ),
+    Concept(
+        name="questions",
+        words=r"\?",
+        text="brown",
+        instruction="Ask questions.",
+        avoid="Do not ask any questions.",
+        pair=("Where are you? What is it? Why?", "I am here. It is this. So."),
+        prompts=(
+            "Who knows why", "What would happen if", "How can we", "Do you think that", "Where did you put",
+            "Why is the sky",
+        ),
+    ),
+)  # fmt: skip
+
+
+def main() -> None:
+    """Find, screen, sweep; everything is written below --output."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run of SAEs")
+    parser.add_argument("--sae", default="blocks.15.hook_resid_post@k=64")
+    parser.add_argument("--lm", type=Path, help="language model (default: the run's)")
+    parser.add_argument("--brown", type=Path, required=True, help="word/TAG lines")
+    parser.add_argument("--parallel", type=Path, required=True, help="name, English, German, Czech, separated by tabs")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=[concept.name for concept in CONCEPTS], help="concepts")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0, 2.0])
+    parser.add_argument("--tokens", type=int, default=4000, help="to read of each half of a text")
+    parser.add_argument("--max-tokens", type=int, default=24)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    source = open_sae(args.run, name=args.sae)
+    begin = time.process_time()
+    with initialize(ParallelLayout()) as context:
+        lm = load_language_model(
+            args.lm or source.lm or Path(), context, checkpoint=source.checkpoint, precision="bf16"
+        )
+        chosen = [concept for concept in CONCEPTS if args.only is None or concept.name in args.only]
+        for kind in dict.fromkeys(concept.text for concept in chosen):
+            _choose(args, lm, source, [concept for concept in chosen if concept.text == kind], kind)
+        for concept in chosen:
+            _sweeps(args, lm, source, concept)
+            print(f"{concept.name}: {time.process_time() - begin:.0f} CPU seconds so far", flush=True)
+
+
+@cache
+def _english(brown: Path, parallel: Path, kind: str) -> list[str]:
+    """3,000 sentences, the same each time."""
+    if kind == "brown":
+        lines = [example.text for example in read_examples("pos", path=brown)]
+    else:
+        lines = [example.text for example in _sentences(parallel) if example.label == "en"]
+    return random.Random(0).sample(lines, 3000)
+
+
+@cache
+def _sentences(parallel: Path) -> list[Example]:
+    """English and German ones of some length, shuffled."""
+    found = read_examples("language", path=parallel, classes=("en", "de", "cs"))
+    found = [example for example in found if example.label in ("en", "de") and len(example.text) > 60]
+    return random.Random(1).sample(found, len(found))
+
+
+def _choose(args: argparse.Namespace, lm: LanguageModel, source: SAESource, concepts: list[Concept], kind: str) -> None:
+    """A recipe for each concept of one text, and what is known of its latent, in latents.json."""
+    record = args.output / "latents.json"
+    known: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    concepts = [concept for concept in concepts if concept.name not in known]
+    if not concepts:
+        return
+    if kind == "language":
+        examples = _sentences(args.parallel)[:6000]
+    else:
+        examples = pattern_examples(_english(args.brown, args.parallel, kind), "(?!)")
+    halves: list[tuple[Activity, list[tuple[str, str]]]] = []
+    for half in split_examples(examples, seed=0, held_out=0.5):
+        encoded = encode_examples(
+            lm,
+            half,
+            position="all" if kind == "language" else "last",
+            vectors=args.tokens,
+            drop_first=source.spare_first + len(lm.prefix),
+        )
+        places = [(place.type, place.label) for one in encoded for place in one.places]
+        halves.append((activity(lm, source.sae, encoded, source.hook), places))
+    for concept in concepts:
+        words = compile_pattern(concept.words)
+        figures = []
+        for found, places in halves:
+            has = [label == "de" if kind == "language" else words.fullmatch(word) is not None for word, label in places]
+            figures.append(label_figures(found, torch.tensor(has)))
+        known[concept.name] = _screen(lm, source, concept, figures)
+        recipe = Recipe(
+            description=f"{concept.name}: a latent found and checked by benchmarks/steering_smollm2.py",
+            saes=[
+                SAERecipe(
+                    path=str(args.run),
+                    name=args.sae,
+                    edits=[EditRecipe(latent=known[concept.name]["latent"], target=known[concept.name]["target"])],
+                )
+            ],
+        )
+        (args.output / f"{concept.name}.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
+        record.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        print(concept.name, json.dumps(known[concept.name]), flush=True)
+
+
+def _screen(
+    lm: LanguageModel, source: SAESource, concept: Concept, figures: list[dict[str, torch.Tensor]]
+) -> dict[str, Any]:
+    """Of the latents with the best AUC the one that moves the concept's probability most."""
+    chosen, told = figures
+    tokens = torch.tensor(concept_tokens(lm, concept.words))
+    rows = []
+    for latent in chosen["auc"].argsort(descending=True).tolist()[:CANDIDATES]:
+        target = round(TARGET_TIMES * float(chosen["inside"][latent]), 3)
+        steering = Steering(
+            source.sae, [Edit(latent=latent, value=target)], hook=source.hook, spare_first=source.spare_first
+        )
+        functions, total = steering.functions(lm), 0.0
+        for prompt in NEUTRAL:
+            logits_V = next_logits(lm, lm.encode(prompt), functions)
+            assert logits_V is not None
+            total += float(logits_V.softmax(dim=-1)[tokens].sum())
+        row = {name: round(float(value[latent]), 5) for name, value in told.items()}
+        rows.append(
+            {
+                "latent": latent,
+                "target": target,
+                "chosen by auc": round(float(chosen["auc"][latent]), 5),
+                "held-out": row,
+            }
+            | {"probability": round(total / len(NEUTRAL), 5)}
+        )
+    best = max(rows, key=lambda row: row["probability"])
+    return {**best, "candidates": rows}
+
+
+def _sweeps(args: argparse.Namespace, lm: LanguageModel, source: SAESource, concept: Concept) -> None:
+    opened = load_recipe(args.output / f"{concept.name}.yaml").open(model=Path())
+    latent = opened.recipe.saes[0].edits[0].latent
+    zero = Recipe(saes=[SAERecipe(path=str(args.run), name=args.sae, edits=[EditRecipe(latent=latent, scale=0.0)])])
+    ask = partial(
+        Sweep,
+        concept=rf"(?<!\w)(?:{concept.words})(?!\w)",
+        tokens=concept_tokens(lm, concept.words),
+        max_tokens=args.max_tokens,
+        sampling=Sampling(temperature=0.8, top_p=0.95),
+        distractors=1,
+    )
+    vectors = {"activation addition": baselines.pair_vector(lm, concept.pair, source.hook)}
+    vectors |= baselines.contrast_vectors(lm, _contrast(args, concept), source.hook, drop_first=source.spare_first)
+    norm = baselines.change_norm(lm, opened, NEUTRAL, source.hook)
+    for name, sign in (("amplify", 1), ("suppress", -1)):
+        path = args.output / f"sweep_{concept.name}_{name}.json"
+        if path.is_file():
+            continue
+        recipe = opened if sign > 0 else zero.open(model=Path())
+        vector = partial(baselines.vector_method, lm, opened, hook=source.hook, norm=norm)
+        kept = vectors if sign > 0 else {"difference of means": vectors["difference of means"]}
+        methods = [
+            baselines.recipe_method(lm, recipe, name="SAE latent"),
+            Method(name="prompting", instruction=concept.instruction if sign > 0 else concept.avoid),
+            *(vector(kind, sign * vector_M) for kind, vector_M in kept.items()),
+        ]
+        prompts = NEUTRAL if sign > 0 else list(concept.prompts)
+        strengths = args.strengths if sign > 0 else [1.0, 3.0]
+        points = run_sweep(lm, ask(prompts=prompts, strengths=strengths, suppress=sign < 0), methods)
+        content = {"concept": concept.name, "latent": latent, "prompts": prompts, "norm": norm}
+        content["points"] = [point.values() for point in points]
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        plot_sweep(path.with_suffix(".png"), points, title=f"{concept.name}, {name}: latent {latent}")
+
+
+def _contrast(args: argparse.Namespace, concept: Concept) -> tuple[list[str], list[str]]:
+    """Texts with the concept and texts without."""
+    if concept.text == "language":
+        kept = _sentences(args.parallel)[6000:10_000]
+        return tuple([one.text for one in kept if one.label == label] for label in ("de", "en"))  # type: ignore[return-value]
+    words = compile_pattern(rf"(?<!\w)(?:{concept.words})(?!\w)")
+    lines = _english(args.brown, args.parallel, concept.text)
+    return [line for line in lines if words.search(line)], [line for line in lines if not words.search(line)]
+
+
+if __name__ == "__main__":
+    main()
