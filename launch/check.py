@@ -3,19 +3,16 @@
 import importlib.util
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from launch.check_stream import check_stream, usable_path, with_language_model
 from launch.resume import check_same_model
 from launch.slurm import check_job
-from steerscale.activations.config import StreamConfig
-from steerscale.activations.shape import data_of, language_model
 from steerscale.config import from_mapping
 from steerscale.data.dataset import inspect_data
 from steerscale.errors import ConfigError, DataError, LayoutError
-from steerscale.models.config import ModelConfig
-from steerscale.parallel.layout import ParallelLayout
 from steerscale.rundir import CONFIG
 from steerscale.train.config import RunConfig, check_ramp_up, with_vocabulary
 
@@ -28,7 +25,7 @@ def check_config(mapping: Mapping[str, Any]) -> RunConfig:
 
     Raises SteerscaleErrors; reads datasets' manifests and, if the run directory exists, its newest checkpoint's state.
     """
-    mapping = _with_language_model(mapping)
+    mapping = with_language_model(mapping)
     data = mapping.get("data")
     if isinstance(data, Mapping) and not (data.get("path") or data.get("blend")):
         mapping["data"] = None
@@ -36,7 +33,9 @@ def check_config(mapping: Mapping[str, Any]) -> RunConfig:
     dry = config.launcher.name == "dry_run"
     layout = config.layout()
     check_ramp_up(config.train.ramp_up, layout)
-    _check_ranks(config, layout)
+    if config.stream is not None:
+        check_stream(config)
+    _check_ranks(config)
     if data_is_there(config):
         config = _check_data(config)
         config.layout()  # once more, with the vocabulary
@@ -57,36 +56,6 @@ def check_config(mapping: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def _with_language_model(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """An SAE run's mapping with what follows from its stream.lm: the model, and unless it is given the text."""
-    mapping = dict(mapping)
-    if mapping.get("stream") is None or mapping.get("sae") is None:
-        return mapping
-    stream = from_mapping(StreamConfig, mapping["stream"], at="stream")
-    mapping["stream"] = {**mapping["stream"], "lm": _path(stream.lm, "stream.lm")}
-    for key in ("checkpoint", "cache"):
-        if getattr(stream, key) is not None:
-            mapping["stream"][key] = _path(getattr(stream, key), f"stream.{key}")
-    there = asdict(language_model(from_mapping(StreamConfig, mapping["stream"], at="stream")))
-    given = mapping.get("model") or {}
-    differing = [key for key, value in given.items() if value not in (None, "???", there.get(key)) and key in there]
-    if (
-        given.get("num_layers", "???") == "???"
-    ):  # no model was chosen, and only what has no default is the user's own word
-        needed = {field.name for field in fields(ModelConfig) if field.default is MISSING}
-        differing = [key for key in differing if given[key] != "???" and key in needed]
-    if differing:
-        listed = ", ".join(f"model.{key}={given[key]} is not {there[key]}" for key in differing)
-        raise ConfigError(
-            f"stream.lm={stream.lm} is another model ({listed}): leave model out of an SAE run, it follows"
-        )
-    mapping["model"] = there
-    data = mapping.get("data") or {}
-    if not (data.get("path") or data.get("blend")):
-        mapping["data"] = data_of(stream)
-    return mapping
-
-
 def data_is_there(config: RunConfig) -> bool:
     """Whether the datasets are to be read: always, but for a dry run that can do without the ones that are elsewhere."""
     if config.data is None:
@@ -100,27 +69,19 @@ def _absolute(config: RunConfig) -> RunConfig:
     """Ranks may start elsewhere: relative paths mean those of whoever typed them."""
     data = config.data
     if data is not None and data.path is not None:
-        data = replace(data, path=_path(data.path, "data.path"))
+        data = replace(data, path=usable_path(data.path, "data.path"))
     elif data is not None:
-        data = replace(data, blend={_path(path, "data.blend"): share for path, share in (data.blend or {}).items()})
+        data = replace(
+            data, blend={usable_path(path, "data.blend"): share for path, share in (data.blend or {}).items()}
+        )
     train = config.train
     if train.init_from is not None:
-        train = replace(train, init_from=_path(train.init_from, "train.init_from"))
-    return replace(config, run_dir=_path(config.run_dir, "run_dir"), data=data, train=train)
+        train = replace(train, init_from=usable_path(train.init_from, "train.init_from"))
+    return replace(config, run_dir=usable_path(config.run_dir, "run_dir"), data=data, train=train)
 
 
-def _path(text: str, key: str) -> str:
-    try:
-        path = Path(text).expanduser().absolute()  # no shell expands the ~ of key=~/there
-        path.exists()
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).lower().rstrip(".")
-        raise ConfigError(f"{key}={text} is no usable path: {reason}") from error
-    return str(path)
-
-
-def _check_ranks(config: RunConfig, layout: ParallelLayout) -> None:
-    cores, ranks = os.cpu_count() or 1, layout.world_size
+def _check_ranks(config: RunConfig) -> None:
+    cores, ranks, layout = os.cpu_count() or 1, config.num_ranks(), config.layout()
     if config.launcher.name == "local" and ranks > max(64, MOST_LOCAL_RANKS_PER_CORE * cores):
         raise LayoutError(
             f"launcher=local would start all {ranks:,} ranks ({layout}) on this machine with its {cores} cores: use "

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.sae_plan import refuse_oversized_saes
 from steerscale.errors import ConfigError
 from steerscale.planning.cluster import ClusterConfig
 from steerscale.planning.fit import Fit
@@ -69,6 +70,10 @@ def local_device(directory: Path | None = None) -> str | None:
 def refuse_oversized(config: RunConfig) -> None:
     """Raise ConfigError if the run cannot fit its GPUs, unless launcher.force=true."""
     if config.launcher.force:
+        return
+    if config.sae is not None:
+        if (machine := machine_of_run(config)) is not None:
+            refuse_oversized_saes(config, machine)
         return
     verdict = does_it_fit(config)
     if verdict is None or verdict.fits:

@@ -63,7 +63,7 @@ def run_local(config: RunConfig, *, in_process: bool = True) -> int:
     run_dir = Path(config.run_dir)
     with lock(run_dir):
         try:
-            here = in_process and config.layout().world_size == 1
+            here = in_process and config.num_ranks() == 1
             failures = _run_here(run_dir, config) if here else _run_ranks(run_dir, config)
         except Killed as killed:
             report_failure(run_dir, config, f"FAILED: {killed}\n  {GO_ON}")
@@ -106,7 +106,7 @@ def _run_ranks(run_dir: Path, config: RunConfig) -> list[Failure]:
 
 
 def _threads(config: RunConfig) -> int:
-    return config.launcher.threads_per_rank or max((os.cpu_count() or 1) // config.layout().world_size, 1)
+    return config.launcher.threads_per_rank or max((os.cpu_count() or 1) // config.num_ranks(), 1)
 
 
 def _common_environment() -> dict[str, str]:
@@ -163,7 +163,7 @@ class Ranks:
         return list(failures.values())
 
     def _start(self) -> None:
-        size = self._config.layout().world_size
+        size = self._config.num_ranks()
         environment = {
             **os.environ,
             **_common_environment(),

@@ -27,6 +27,7 @@ from launch.caution import warnings_about
 from launch.check import check_config
 from launch.compose import compose_config, groups, options, parse_overrides
 from launch.fit import refuse_oversized
+from launch.sae_plan import show_sae_plan
 from launch.slurm import show_job, submit_run
 from launch.sweep import Point, plan_sweep
 from launch.sweep_run import run_sweep
@@ -70,6 +71,9 @@ def launch(config: RunConfig, *, in_process: bool = True) -> int:
     """Start a checked run, or only show it; `in_process` as for `run_local`."""
     for warning in warnings_about(config):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if config.launcher.name == "dry_run" and config.sae is not None:
+        _print(show_sae_plan(config))
+        return 0
     if config.launcher.name == "dry_run":
         # Shards are built on the meta device, with Megatron-Core redirected to it: no GPU may be in sight.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from steerscale.activations.config import StreamConfig
-from steerscale.activations.loading import find_kind, load_source
+from steerscale.activations.loading import load_source
+from steerscale.activations.shape import find_kind
 from steerscale.activations.source import GPTSource, check_source_layout
 from steerscale.errors import ConfigError
 from steerscale.load import run_tokenizer

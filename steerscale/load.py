@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from steerscale.checkpoint.store import PREFIX, find_damage, load_state, step_of
+from steerscale.checkpoint.integrity import newest_checkpoint
+from steerscale.checkpoint.store import load_state, step_of
 from steerscale.config import from_mapping
 from steerscale.engines.state import load_weights
-from steerscale.errors import CheckpointError, ConfigError
+from steerscale.errors import ConfigError
 from steerscale.models.gpt import GPT, build_chunks, transformer_config
 from steerscale.models.sharding import named_shards
 from steerscale.parallel.context import ParallelContext
@@ -35,14 +36,6 @@ class TrainedGPT:
     def step(self) -> int:
         """The optimizer step of the checkpoint."""
         return step_of(self.checkpoint)
-
-
-def newest_checkpoint(run_dir: Path) -> Path:
-    """The newest whole checkpoint of a run, which may still be going on. Raises CheckpointError if there is none."""
-    for candidate in sorted((run_dir / "checkpoints").glob(f"{PREFIX}*"), reverse=True):
-        if find_damage(candidate, verify=False) is None:
-            return candidate
-    raise CheckpointError(f"{run_dir} holds no whole checkpoint: train it first, or name another run directory")
 
 
 def load_gpt(

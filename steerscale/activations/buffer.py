@@ -36,8 +36,7 @@ class ShuffleBuffer:
         """
         self._widths, self._lanes, self._slots = dict(widths), lanes, slots
         self._context = context
-        self._on_cuda = context.device.type == "cuda"
-        self._on_host = on_host and self._on_cuda
+        self._on_host = on_host and context.device.type == "cuda"
         device = torch.device("cpu") if self._on_host else context.device
         rows = HALVES * lanes * slots
         needed = sum(rows * self._local_width(d) for d in widths.values()) * dtype.itemsize
@@ -64,6 +63,10 @@ class ShuffleBuffer:
         part = x_Bd[:, first : first + self._local_width(x_Bd.shape[1])]
         target = self._storage[hook][row : row + len(chosen), : part.shape[1]]
         target.copy_(part.index_select(0, chosen), non_blocking=self._on_host)
+
+    def rows(self, hook: str, row: int, count: int) -> torch.Tensor:
+        """`count` storage rows from `row` on, for others to write: [count, w]; of the last rank's columns not all may count."""
+        return self._storage[hook][row : row + count]
 
     def read(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """Whole vectors [B, d] of these storage rows for each hook, on the rank's device, the same on every tensor rank.
@@ -93,7 +96,12 @@ class ShuffleBuffer:
         return torch.cat(parts, dim=1)[:, :d]
 
     def _local_width(self, d: int) -> int:
-        return -(-d // self._context.layout.tensor)
+        return columns_of_rank(d, self._context.layout.tensor)
+
+
+def columns_of_rank(d: int, ranks: int) -> int:
+    """Columns of vectors of width d that each of some tensor ranks stores; the last one may fill fewer."""
+    return -(-d // ranks)
 
 
 def check_memory(needed: int, device: torch.device) -> None:

@@ -35,7 +35,7 @@ class CachedSource:
             raise DataError(f"stream.cache={directory} cannot be written: {error.strerror}") from error
         self.widths, self.owned, self.dtype, self.seq_len = source.widths, source.owned, source.dtype, source.seq_len
         self.special_ids, self.tokenizer_hash = source.special_ids, source.tokenizer_hash
-        self.vocab_size, self.identity = source.vocab_size, source.identity
+        self.vocab_size, self.identity, self.in_order = source.vocab_size, source.identity, source.in_order
 
     def run(self, batches: Iterable[torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
         """See `ActivationSource.run`."""

@@ -4,6 +4,34 @@ from dataclasses import dataclass
 from typing import Literal
 
 from steerscale.config import require
+from steerscale.parallel.layout import ParallelConfig, ParallelLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProducersConfig:
+    """Ranks of their own for the language model, beside those of `parallel`, which train; its layout on them."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks."""
+    pipeline: int = 1
+    """Pipeline stages."""
+    data: int = 1
+    """Replicas; each makes the vectors of its part of the lanes, so it must divide stream.lanes."""
+    sequence: bool = False
+    """Sequence parallelism over the tensor group."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "data"):
+            require(getattr(self, name) >= 1, f"stream.producers.{name} must be at least 1, got {getattr(self, name)}")
+        require(
+            not self.sequence or self.tensor > 1,
+            "stream.producers.sequence=true needs stream.producers.tensor > 1: it splits along the tensor group",
+        )
+
+    def layout(self) -> ParallelLayout:
+        """The producers' layout."""
+        degrees = {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data}
+        return ParallelLayout.resolve(ParallelConfig(**degrees, sequence=self.sequence))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +69,8 @@ class StreamConfig:
     """Leave out so many first positions of each sequence."""
     overlap: bool = True
     """On CUDA, run the language model on a stream of its own beside training."""
+    producers: ProducersConfig | None = None
+    """Ranks apart for the language model, started beside those of `parallel`; null: it lives on the ranks that train."""
     cache: str | None = None
     """Directory that keeps activations between runs; for small cases: every token takes its width times its bytes."""
 

@@ -1,32 +1,28 @@
 """The language model that `stream:` names, loaded as an activation source."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from steerscale.activations.config import StreamConfig
+from steerscale.activations.shape import find_kind, hf_precision, hf_settings
 from steerscale.activations.source import ActivationSource, GPTSource, TransformersSource, check_source_layout
 from steerscale.data.dataset import SampleStream
 from steerscale.errors import ConfigError, DataError
 from steerscale.load import load_gpt
 from steerscale.models.gpt import build_chunks, transformer_config
-from steerscale.models.hf.families import FAMILIES, config_from_hf
+from steerscale.models.hf.families import config_from_hf
 from steerscale.models.hf.load import load_hf
 from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.megatron import tensor_parallel
-from steerscale.rundir import CONFIG
 from steerscale.tokenizers.base import Tokenizer
 from steerscale.tokenizers.registry import load_tokenizer
 
-HF_CONFIG = "config.json"
 _SAMPLED_BYTES = 2**20
-Kind = Literal["run", "family", "transformers"]
-"""A run of ours; a Hugging Face model that our GPT can be; any other one."""
 
 
 def load_source(config: StreamConfig, hooks: Sequence[str], context: ParallelContext) -> ActivationSource:
@@ -46,34 +42,6 @@ def load_source(config: StreamConfig, hooks: Sequence[str], context: ParallelCon
         tensor_parallel.model_parallel_cuda_manual_seed(0)
         source = (_load_run if kind == "run" else _load_family)(config, hooks, context)
     return source
-
-
-def find_kind(config: StreamConfig) -> Kind:
-    """What `stream.lm` is, without loading anything. Raises ConfigError if it is no model, or not of `stream.lm_kind`."""
-    directory = Path(config.lm)
-    if (directory / CONFIG).is_file():
-        if config.lm_kind == "transformers":
-            raise ConfigError(
-                f"stream.lm={config.lm} is a run directory, stream.lm_kind=transformers needs a Hugging Face model: use gpt"
-            )
-        return "run"
-    if not (directory / HF_CONFIG).is_file():
-        raise ConfigError(
-            f"stream.lm={config.lm} is neither a run directory (no {CONFIG}) nor a Hugging Face model (no {HF_CONFIG})"
-        )
-    if config.checkpoint is not None:
-        raise ConfigError(
-            "stream.checkpoint chooses among a run's checkpoints; stream.lm is a Hugging Face model: leave it out"
-        )
-    if config.lm_kind == "transformers":
-        return "transformers"
-    known = _hf_settings(directory).get("model_type") in FAMILIES
-    if config.lm_kind == "gpt" and not known:
-        raise ConfigError(
-            f"stream.lm={config.lm} is of model_type {_hf_settings(directory).get('model_type')!r}, which stream.lm_kind=gpt "
-            f"cannot be; it can be {', '.join(FAMILIES)}: use stream.lm_kind=transformers"
-        )
-    return "family" if known else "transformers"
 
 
 def _load_run(config: StreamConfig, hooks: Sequence[str], context: ParallelContext) -> ActivationSource:
@@ -100,7 +68,7 @@ def _load_family(config: StreamConfig, hooks: Sequence[str], context: ParallelCo
     if model.position == "rotary":
         model = replace(model, seq_len=seq_len)  # rotary positions go on for ever
     context.layout.check_model(model)
-    chunks = build_chunks(model, transformer_config(model, context, precision=_hf_precision(config)), context)
+    chunks = build_chunks(model, transformer_config(model, context, precision=hf_precision(config)), context)
     load_hf(directory, chunks, context)
     _freeze(chunks)
     tokenizer = _hf_tokenizer(directory)
@@ -119,11 +87,11 @@ def _load_transformers(config: StreamConfig, hooks: Sequence[str], context: Para
     import transformers  # slow, and the other kinds need none of it
 
     directory = Path(config.lm)
-    settings = _hf_settings(directory)
+    settings = hf_settings(directory)
     # The class that wrote it, head included, if it is one that transformers has; module paths are the ones of that class.
     (name, *_) = [*(settings.get("architectures") or []), ""]
     model_class: Any = getattr(transformers, name, transformers.AutoModel) if name else transformers.AutoModel
-    dtype = torch.bfloat16 if _hf_precision(config) == "bf16" else torch.float32
+    dtype = torch.bfloat16 if hf_precision(config) == "bf16" else torch.float32
     try:
         model = model_class.from_pretrained(directory, local_files_only=True, use_safetensors=True, dtype=dtype)
     except (OSError, ValueError) as error:
@@ -187,21 +155,6 @@ def _identity(directory: Path, dtype: torch.dtype) -> str:
                 file.seek(max(size - _SAMPLED_BYTES, 0))
                 digest.update(file.read())
     return f"{directory.name}-{digest.hexdigest()}"
-
-
-def _hf_settings(directory: Path) -> dict[str, Any]:
-    try:
-        return json.loads((directory / HF_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{directory / HF_CONFIG} cannot be read: {error}") from error
-
-
-def _hf_precision(config: StreamConfig) -> Literal["fp32", "bf16"]:
-    if config.precision != "auto":
-        return config.precision
-    settings = _hf_settings(Path(config.lm))
-    stored = settings.get("dtype", settings.get("torch_dtype"))
-    return "bf16" if stored in ("bfloat16", "float16") else "fp32"
 
 
 def _hf_tokenizer(directory: Path) -> Tokenizer | None:

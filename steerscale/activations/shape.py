@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from steerscale.activations.config import StreamConfig
 from steerscale.config import from_mapping
@@ -11,6 +11,38 @@ from steerscale.errors import ConfigError
 from steerscale.models.config import ModelConfig
 from steerscale.models.hf.families import FAMILIES, config_from_hf
 from steerscale.rundir import CONFIG, read_config
+
+HF_CONFIG = "config.json"
+Kind = Literal["run", "family", "transformers"]
+"""A run of ours; a Hugging Face model that our GPT can be; any other one."""
+
+
+def find_kind(config: StreamConfig) -> Kind:
+    """What `stream.lm` is, without loading anything. Raises ConfigError if it is no model, or not of `stream.lm_kind`."""
+    directory = Path(config.lm)
+    if (directory / CONFIG).is_file():
+        if config.lm_kind == "transformers":
+            raise ConfigError(
+                f"stream.lm={config.lm} is a run directory, stream.lm_kind=transformers needs a Hugging Face model: use gpt"
+            )
+        return "run"
+    if not (directory / HF_CONFIG).is_file():
+        raise ConfigError(
+            f"stream.lm={config.lm} is neither a run directory (no {CONFIG}) nor a Hugging Face model (no {HF_CONFIG})"
+        )
+    if config.checkpoint is not None:
+        raise ConfigError(
+            "stream.checkpoint chooses among a run's checkpoints; stream.lm is a Hugging Face model: leave it out"
+        )
+    if config.lm_kind == "transformers":
+        return "transformers"
+    known = hf_settings(directory).get("model_type") in FAMILIES
+    if config.lm_kind == "gpt" and not known:
+        raise ConfigError(
+            f"stream.lm={config.lm} is of model_type {hf_settings(directory).get('model_type')!r}, which stream.lm_kind=gpt "
+            f"cannot be; it can be {', '.join(FAMILIES)}: use stream.lm_kind=transformers"
+        )
+    return "family" if known else "transformers"
 
 
 def language_model(stream: StreamConfig) -> ModelConfig:
@@ -30,10 +62,36 @@ def language_model(stream: StreamConfig) -> ModelConfig:
     return model if stream.seq_len is None else replace(model, seq_len=stream.seq_len)
 
 
+def model_precision(stream: StreamConfig) -> Literal["fp32", "bf16"]:
+    """What the model is run in."""
+    directory = Path(stream.lm)
+    if stream.precision == "auto" and (directory / CONFIG).is_file():
+        trained_in = read_config(directory).get("engine", {}).get("precision", "fp32")
+        return "fp32" if trained_in == "fp32" else "bf16"
+    return hf_precision(stream)
+
+
 def data_of(stream: StreamConfig) -> dict[str, Any] | None:
     """The data section of the run that `stream.lm` names: what its model learned on. None if it is no run."""
     directory = Path(stream.lm)
     return read_config(directory).get("data") if (directory / CONFIG).is_file() else None
+
+
+def hf_settings(directory: Path) -> dict[str, Any]:
+    """A Hugging Face model's config.json. Raises ConfigError if it cannot be read."""
+    try:
+        return json.loads((directory / HF_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{directory / HF_CONFIG} cannot be read: {error}") from error
+
+
+def hf_precision(config: StreamConfig) -> Literal["fp32", "bf16"]:
+    """What a Hugging Face model is run in: what was asked for, or what its files are in."""
+    if config.precision != "auto":
+        return config.precision
+    settings = hf_settings(Path(config.lm))
+    stored = settings.get("dtype", settings.get("torch_dtype"))
+    return "bf16" if stored in ("bfloat16", "float16") else "fp32"
 
 
 def _from_hf(directory: Path) -> ModelConfig:

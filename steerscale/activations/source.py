@@ -25,6 +25,8 @@ class ActivationSource(Protocol):
     """Width d of every hook's activation, on all ranks."""
     owned: frozenset[str]
     """Hooks that live on this rank's stage."""
+    in_order: tuple[str, ...]
+    """All hooks, as a forward pass comes by them."""
     dtype: torch.dtype
     """Of the activations."""
     seq_len: int
@@ -106,8 +108,8 @@ class GPTSource:
         self.widths = dict.fromkeys(hooks, model.d_model)
         per_stage = model.num_layers // layout.pipeline
         self.owned = frozenset(name for name, at in points.items() if at.layer // per_stage == context.at.pipeline)
-        self._last = max(hooks, key=lambda name: (points[name].layer, KINDS.index(points[name].kind)))
-        self._last_stage = points[self._last].layer // per_stage
+        self.in_order = tuple(sorted(hooks, key=lambda name: (points[name].layer, KINDS.index(points[name].kind))))
+        self._last_stage = points[self.in_order[-1]].layer // per_stage
         self._link = StageLink(context)
 
     def run(self, batches: Iterable[torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -154,7 +156,7 @@ class GPTSource:
 
     def _keep(self, found: dict[str, torch.Tensor], name: str, activation_BSM: torch.Tensor) -> None:
         found[name] = activation_BSM
-        if name == self._last:
+        if name == self.in_order[-1]:
             raise _Enough
 
     def _hidden_shape(self, tokens_BS: torch.Tensor) -> tuple[int, int, int]:
@@ -209,8 +211,8 @@ class TransformersSource:
         if missing := [name for name in hooks if name not in probe]:
             raise ConfigError(f"the forward pass of {type(model).__name__} does not come through {missing[0]!r}")
         self.widths = {name: probe[name].shape[-1] for name in hooks}
-        self.owned = frozenset(hooks)
-        self._last = list(probe)[-1]
+        self.owned, self.in_order = frozenset(hooks), tuple(probe)
+        self._last = self.in_order[-1]
 
     def run(self, batches: Iterable[torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
         """See `ActivationSource.run`."""

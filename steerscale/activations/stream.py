@@ -6,14 +6,15 @@ Each lane's current block is consumed while the next one is produced, forward pa
 has produced the share of its next block that it has consumed of its current one, and lanes are out of step with each other,
 so that no step waits for many passes. What a forward pass contains depends on lane, block and place in it alone, and what is
 consumed on `order`: a stream that goes on from its cursors gives bit by bit what it would have given.
+
+Where the model lives on ranks of its own, passes are asked for as soon as the other half is free, and each step waits for as
+many as are due by the same reckoning: producers run ahead as far as the buffer reaches, and no step waits for many passes.
 """
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,12 @@ import torch.distributed as dist
 from steerscale.activations.buffer import ShuffleBuffer
 from steerscale.activations.cache import CachedSource
 from steerscale.activations.config import StreamConfig
+from steerscale.activations.facts import buffer_dtype
+from steerscale.activations.lanes import Lane, Production
 from steerscale.activations.loading import check_tokenizer, load_source
-from steerscale.activations.order import Block, Order, block_sequences
+from steerscale.activations.order import HALVES, Order, block_sequences
+from steerscale.activations.passes import LocalPasses, Passes, Stopwatch
+from steerscale.activations.remote import RemotePasses, RemoteSource
 from steerscale.activations.source import ActivationSource
 from steerscale.data.config import DataConfig
 from steerscale.data.consumed import ConsumedHash
@@ -33,9 +38,6 @@ from steerscale.data.dataset import SampleStream
 from steerscale.errors import CheckpointError, ConfigError, LayoutError
 from steerscale.metrics import format_duration
 from steerscale.parallel.context import ParallelContext
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 logger = logging.getLogger(__name__)
 
@@ -51,26 +53,6 @@ class StreamBatch:
     """What they are of: sequence * seq_len + position, int64 [B], on the CPU of every rank."""
     activations: dict[str, torch.Tensor]
     """[B, d] by hook on every tensor rank of the stage that owns it; absent on other stages."""
-
-
-@dataclass
-class _Lane:
-    """One lane of this replica."""
-
-    number: int
-    """Over all replicas."""
-    local: int
-    """In this one."""
-    index: int = 0
-    """Block that is being consumed."""
-    offset: int = 0
-    """Vectors of it that have been."""
-    blocks: dict[int, Block] = field(default_factory=dict)
-    """The current one and the next, once they are begun."""
-    passes: dict[int, int] = field(default_factory=dict)
-    """Forward passes done for each of these."""
-    ready: dict[int, Any] = field(default_factory=dict)
-    """On CUDA: the event behind the last pass of a block that nobody has waited for yet."""
 
 
 class ActivationStream:
@@ -106,10 +88,11 @@ class ActivationStream:
         self.config, self.source, self.context = config, source, context
         self.consumed = ConsumedHash()
         """Hash over the ids of what this replica was given."""
-        self.seconds = {"data": 0.0, "lm": 0.0, "shuffle": 0.0}
-        """Time of this process so far: reading and ordering tokens; forward passes; writing, mixing and gathering vectors.
-        On CUDA only what the host waited for."""
-        dtype = source.dtype if config.buffer_dtype == "auto" else DTYPES[config.buffer_dtype]
+        self._time = Stopwatch()
+        self.seconds = self._time.seconds
+        """Time of this process so far: reading and ordering tokens; forward passes, or waiting for those of other ranks;
+        writing, mixing and gathering vectors. On CUDA only what the host waited for."""
+        dtype = buffer_dtype(config, source)
         bytes_per_vector = sum(source.widths.values()) * dtype.itemsize
         sequences = block_sequences(config, seq_len=dataset.seq_len, bytes_per_vector=bytes_per_vector)
         self.order = Order(
@@ -121,9 +104,6 @@ class ActivationStream:
             drop_first=config.drop_first,
         )
         own = config.lanes // replicas
-        self._lanes = [_Lane(number=rank * own + local, local=local) for local in range(own)]
-        self._batch_size = min(config.micro_batch_size, sequences)
-        self._passes = -(-sequences // self._batch_size)
         owned = {hook: d for hook, d in source.widths.items() if hook in source.owned}
         self._buffer = ShuffleBuffer(
             owned,
@@ -133,8 +113,16 @@ class ActivationStream:
             on_host=config.buffer_device == "host",
             context=context,
         )
-        self._on_cuda = context.device.type == "cuda"
-        self._side = torch.cuda.Stream(context.device) if config.overlap and self._on_cuda else None
+        self._passes = self._make_passes()
+        production = Production(
+            order=self.order,
+            buffer=self._buffer,
+            passes=self._passes,
+            batch_size=min(config.micro_batch_size, sequences),
+            time=self._time,
+        )
+        self._per_block = production.per_block
+        self._lanes = [Lane(rank * own + local, local, production) for local in range(own)]
         self._rows: list[np.ndarray] = []
         self._parts: list[dict[str, torch.Tensor]] = []
 
@@ -150,15 +138,40 @@ class ActivationStream:
                 f"stream.lanes={self.config.lanes} must divide the global batch: {count} vectors on each of "
                 f"{self.context.layout.data} replicas are no equal parts of its {len(self._lanes)} lanes"
             )
-        if not any(lane.blocks for lane in self._lanes):
-            self._fill()
+        self.fill()
         ids = [part for lane in self._lanes for part in self._take(lane, each)]
         activations = self._flush()
-        for lane in self._lanes:
-            self._keep_pace(lane)
+        self._keep_pace()
         whole = np.concatenate(ids)
         self.consumed.add_ids(whole)
         return StreamBatch(ids=torch.from_numpy(whole), activations=activations)
+
+    def fill(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Produce every lane's current block, the longest wait of a run, unless that was begun already.
+
+        Returns False if `should_stop`, asked before each pass and as often on all ranks, put an end to it.
+        """
+        if any(lane.is_begun for lane in self._lanes):
+            return True
+        total = len(self._lanes) * self._per_block
+        if self._passes.ahead:
+            for block in range(HALVES):
+                for lane in self._lanes:
+                    lane.produce(lane.index + block, self._per_block)
+        begin = told = time.monotonic()
+        for done in range(total):
+            if should_stop():
+                return False
+            now = time.monotonic()
+            if now - told > TELL_SECONDS and done:
+                told, left = now, (now - begin) / done * (total - done)
+                logger.info(
+                    "filling the shuffle buffer: %d of %d forward passes, ETA %s", done, total, format_duration(left)
+                )
+            lane = self._lanes[done // self._per_block]
+            lane.produce(lane.index, done % self._per_block + 1)
+            self._passes.keep_up((HALVES * total if self._passes.ahead else total) - done - 1)
+        return True
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, for a checkpoint; JSON-able, the same on all ranks, valid on any layout.
@@ -182,10 +195,9 @@ class ActivationStream:
                     "would be others, or in another order; go on with the settings it was begun with (stream.*, hooks, seed; "
                     "block_sequences follows from buffer_gib, lanes, drop_first and widths), or start a new run"
                 )
+        self._passes.keep_up(0)  # nothing may be written any more
         for lane in self._lanes:
-            lane.index, lane.offset = map(int, state["cursors"][lane.number])
-            for begun in (lane.blocks, lane.passes, lane.ready):
-                begun.clear()
+            lane.go_to(*map(int, state["cursors"][lane.number]))
 
     def close(self) -> None:
         """Wait for what is still on its way between stages."""
@@ -204,30 +216,23 @@ class ActivationStream:
             "drop_first": order.drop_first,
         }
 
-    def _fill(self) -> None:
-        """Produce every lane's current block: the longest wait of a run, so it is told how long."""
-        total, begin, told = len(self._lanes) * self._passes, time.monotonic(), time.monotonic()
-        for done, lane in enumerate(self._lanes):
-            now = time.monotonic()
-            if now - told > TELL_SECONDS and done:
-                told, left = now, (now - begin) / done * (len(self._lanes) - done)
-                logger.info(
-                    "filling the shuffle buffer: %d of %d forward passes, ETA %s",
-                    *(done * self._passes, total, format_duration(left)),
-                )
-            self._produce(lane, lane.index, self._passes)
+    def _make_passes(self) -> Passes:
+        if isinstance(self.source, RemoteSource):
+            return RemotePasses(self.source, self._buffer, self._time)
+        device, overlap = self.context.device, self.config.overlap
+        return LocalPasses(self.source, self._buffer, device=device, overlap=overlap, stopwatch=self._time)
 
-    def _take(self, lane: _Lane, count: int) -> list[np.ndarray]:
+    def _take(self, lane: Lane, count: int) -> list[np.ndarray]:
         """Mark the lane's next `count` vectors to be read; their ids."""
         ids, crossed = [], False
         while count:
-            block = self._complete(lane)
+            block = lane.current()
             if lane.offset == len(block):
                 if crossed:
                     # What comes next is written over the block before this one, which is still to be read.
                     self._read()
-                del lane.blocks[lane.index], lane.passes[lane.index]
-                lane.index, lane.offset, crossed = lane.index + 1, 0, True
+                lane.step_on()
+                crossed = True
                 continue
             end = min(lane.offset + count, len(block))
             with self._time("shuffle"):
@@ -237,46 +242,20 @@ class ActivationStream:
             lane.offset = end
         return ids
 
-    def _complete(self, lane: _Lane) -> Block:
-        """The lane's current block, all of it in the buffer."""
-        self._produce(lane, lane.index, self._passes)
-        if (ready := lane.ready.pop(lane.index, None)) is not None:
-            self._buffer.wait(ready)
-        return lane.blocks[lane.index]
-
-    def _keep_pace(self, lane: _Lane) -> None:
-        """Produce as large a share of the next block as has been consumed of the current one, lanes out of step."""
-        consumed = lane.offset / max(len(lane.blocks[lane.index]), 1)
-        phase = (lane.local + 0.5) / len(self._lanes)
-        self._produce(lane, lane.index + 1, int(consumed * self._passes + phase))
-
-    def _produce(self, lane: _Lane, index: int, passes: int) -> None:
-        """Run the first `passes` forward passes of a block, if they have not been."""
-        if passes <= lane.passes.get(index, 0):
-            return
-        if index not in lane.blocks:
-            with self._time("data"):
-                lane.blocks[index], lane.passes[index] = self.order.block(lane.number, index), 0
-        with self._beside():
-            for number in range(lane.passes[index], passes):
-                self._run(lane, lane.blocks[index], number)
-            lane.passes[index] = passes
-            if self._on_cuda and passes == self._passes:
-                lane.ready[index] = torch.cuda.current_stream().record_event()
-
-    def _run(self, lane: _Lane, block: Block, number: int) -> None:
-        """One forward pass, and what is kept of it into the buffer."""
-        begin = number * self._batch_size
-        end = min(begin + self._batch_size, len(block.tokens_KS))
-        with self._time("lm"):
-            tokens_BS = torch.from_numpy(block.tokens_KS[begin:end]).to(self.context.device)
-            (activations,) = self.source.run([tokens_BS])
-        with self._time("shuffle"):
-            kept, before = block.rows(begin, end)
-            chosen = torch.from_numpy(kept).to(self.context.device)
-            row = self._buffer.first_row(block.index, lane.local) + before
-            for hook, x_BSd in activations.items():
-                self._buffer.write(hook, row, x_BSd.flatten(0, 1), chosen)
+    def _keep_pace(self) -> None:
+        """Produce as large a share of the lanes' next blocks as has been consumed of their current ones, lanes out of step."""
+        if self._passes.ahead:
+            behind = [lane for lane in self._lanes if lane.begun(lane.index + 1) < self._per_block]
+            for passes in range(1, self._per_block + 1 if behind else 1):
+                for lane in behind:
+                    lane.produce(lane.index + 1, passes)
+        left = 0
+        for lane in self._lanes:
+            phase = (lane.local + 0.5) / len(self._lanes)
+            due = int(lane.consumed * self._per_block + phase)
+            lane.produce(lane.index + 1, due)
+            left += self._per_block - due
+        self._passes.keep_up(left)
 
     def _read(self) -> None:
         """Read what is marked."""
@@ -292,34 +271,31 @@ class ActivationStream:
         self._parts.clear()
         return {hook: torch.cat([x, *(part[hook] for part in more)]) for hook, x in first.items()} if more else first
 
-    def _beside(self) -> AbstractContextManager:
-        """Where forward passes run: on CUDA on a stream of their own, behind the reads that they may write over."""
-        if self._side is None:
-            return nullcontext()
-        self._side.wait_stream(torch.cuda.current_stream())
-        return torch.cuda.stream(self._side)
-
-    @contextlib.contextmanager
-    def _time(self, what: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[what] += time.perf_counter() - begin
-
 
 def left_out(config: StreamConfig, source: ActivationSource, dataset: SampleStream) -> tuple[int, ...]:
     """Token ids whose activations the stream leaves out."""
     return tuple(sorted(source.special_ids | {dataset.eos_id})) if config.drop_special else ()
 
 
-def build_stream(
-    config: StreamConfig, *, data: DataConfig, hooks: Sequence[str], context: ParallelContext, seed: int = 0
-) -> ActivationStream:
-    """The language model, its data and the stream of its activations at `hooks`, on the context's layout. A collective.
-
-    Raises what `load_source`, `SampleStream` and `ActivationStream` raise.
-    """
+def build_source(config: StreamConfig, hooks: Sequence[str], context: ParallelContext) -> ActivationSource:
+    """The language model on the context's layout, behind its cache if there is one. Raises what `load_source` raises."""
     source = load_source(config, hooks, context)
+    return source if config.cache is None else CachedSource(source, Path(config.cache), context)
+
+
+def build_stream(
+    config: StreamConfig,
+    *,
+    data: DataConfig,
+    hooks: Sequence[str],
+    context: ParallelContext,
+    seed: int = 0,
+    source: ActivationSource | None = None,
+) -> ActivationStream:
+    """The data and the stream of a language model's activations at `hooks`, on the context's layout. A collective.
+
+    `source` is the model; None: it is loaded here. Raises what `load_source`, `SampleStream` and `ActivationStream` raise.
+    """
+    source = source or build_source(config, hooks, context)
     dataset = SampleStream(data, seq_len=source.seq_len, seed=seed)
-    if config.cache is not None:
-        source = CachedSource(source, Path(config.cache), context)
     return ActivationStream(config, source, dataset, context, seed)

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from steerscale.errors import CheckpointError
+
 MANIFEST, STATE, INDEX = "manifest.json", "state.json", "index.json"
 PREFIX = "step_"
 FORMAT_VERSION = 1
@@ -17,6 +19,14 @@ def checkpoints(directory: Path) -> list[Path]:
     """The checkpoint directories there, damaged ones included, the oldest first. What has another name is not looked at."""
     found = [path for path in directory.glob(f"{PREFIX}*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=step_of)
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    """The newest whole checkpoint of a run, which may still be going on. Raises CheckpointError if there is none."""
+    for candidate in reversed(checkpoints(run_dir / "checkpoints")):
+        if find_damage(candidate, verify=False) is None:
+            return candidate
+    raise CheckpointError(f"{run_dir} holds no whole checkpoint: train it first, or name another run directory")
 
 
 def step_of(checkpoint: Path) -> int:

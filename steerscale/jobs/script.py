@@ -91,11 +91,17 @@ def cluster_of(config: RunConfig) -> ClusterConfig:
 def nodes_and_tasks(config: RunConfig) -> tuple[int, int]:
     """Nodes, and ranks on each. Raises LayoutError if the ranks do not fill whole nodes."""
     cluster, layout = cluster_of(config), config.layout()
-    per_node, ranks = cluster.gpus_per_node, layout.world_size
+    per_node, ranks = cluster.gpus_per_node, config.num_ranks()
     if ranks <= per_node:
         return 1, ranks
     if ranks % per_node:
         fewer = ranks // per_node * per_node
+        if (placement := config.placement()) is not None:
+            raise LayoutError(
+                f"{layout.world_size} ranks that train and {placement.producers.world_size} producers are {ranks}, which do "
+                f"not fill whole nodes of {cluster.name} (cluster.gpus_per_node={per_node}): choose parallel.* and "
+                f"stream.producers.* for {fewer} or {fewer + per_node} together"
+            )
         raise LayoutError(
             f"{layout} has {ranks} ranks, which do not fill whole nodes of {cluster.name} (cluster.gpus_per_node={per_node}): "
             f"choose parallel.tensor x .pipeline x .data = {fewer} or {fewer + per_node}"
@@ -118,7 +124,7 @@ def options_of(config: RunConfig) -> list[Option]:
             name="nodes",
             value=str(nodes),
             why=f"parallel: {layout.world_size} ranks (tensor {layout.tensor} x pipeline {layout.pipeline} x data "
-            f"{layout.data}) at most cluster.gpus_per_node={cluster.gpus_per_node} to a node",
+            f"{layout.data}){_producers(config)} at most cluster.gpus_per_node={cluster.gpus_per_node} to a node",
         ),
         Option(name="ntasks-per-node", value=str(tasks), why="parallel: one task for each rank"),
     ]
@@ -190,6 +196,17 @@ def render_script(configs: Sequence[RunConfig], *, at_once: int | None = None) -
         master_addr_suffix=shlex.quote(cluster.master_addr_suffix),
         cpus_per_task=str(cluster.cpus_per_task),
         requeue=REQUEUE if cluster.requeue else "# cluster.requeue is false: the next job is submitted from here.",
+    )
+
+
+def _producers(config: RunConfig) -> str:
+    placement = config.placement()
+    if placement is None:
+        return ""
+    layout = placement.producers
+    return (
+        f" and stream.producers: {layout.world_size} ranks (tensor {layout.tensor} x pipeline {layout.pipeline} x data "
+        f"{layout.data})"
     )
 
 

@@ -17,6 +17,7 @@ from steerscale.errors import LaunchError
 from steerscale.parallel.cpu import cuda_is_available, redirect_cuda
 from steerscale.parallel.layout import Coordinates, ParallelLayout
 from steerscale.parallel.megatron import ProcessGroupCollection, parallel_state, quiet
+from steerscale.parallel.worlds import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ def initialize(
     rank: int | None = None,
     device: str | None = None,
     timeout_minutes: float = 10.0,
+    world: World | None = None,
 ) -> Iterator[ParallelContext]:
     """Join the process group (if not yet joined), build all parallel groups, and tear down on exit what was built here.
 
@@ -86,6 +88,7 @@ def initialize(
         backend: "nccl", "gloo" or "fake"; None: nccl where CUDA is available, else gloo.
         rank: global rank; None takes it from the environment.
         device: "meta" builds shards without memory (dry runs; needs a CPU-only process); None: the rank's own device.
+        world: the processes that share the layout, where they are only some of those that were started.
     Raises:
         LaunchError: the number of ranks is not the layout's.
     """
@@ -97,7 +100,12 @@ def initialize(
         else:
             stack.enter_context(redirect_cuda(to=target.type))
         if not dist.is_initialized():
-            _join(layout, backend=backend or _default_backend(target), rank=rank, timeout_minutes=timeout_minutes)
+            chosen, timeout = backend or _default_backend(target), timedelta(minutes=timeout_minutes)
+            if world is not None:
+                own = {"store": world.store, "rank": world.rank, "world_size": world.size}
+                dist.init_process_group(chosen, timeout=timeout, **own)
+            else:
+                _join(layout, backend=chosen, rank=rank, timeout=timeout)
             stack.callback(dist.destroy_process_group)
         if dist.get_world_size() != layout.world_size:
             raise LaunchError(
@@ -136,8 +144,7 @@ def _default_backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def _join(layout: ParallelLayout, *, backend: str, rank: int | None, timeout_minutes: float) -> None:
-    timeout = timedelta(minutes=timeout_minutes)
+def _join(layout: ParallelLayout, *, backend: str, rank: int | None, timeout: timedelta) -> None:
     if backend == "fake":
         from torch.testing._internal.distributed.fake_pg import FakeStore
 

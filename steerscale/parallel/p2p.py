@@ -16,6 +16,31 @@ IN_FLIGHT = 2
 """Messages a stage may be ahead of its successor; more would pile up memory, not speed."""
 
 
+class Outbox:
+    """What has been sent and may still be on its way; its memory must stay until it has left."""
+
+    def __init__(self, *, at_most: int) -> None:
+        self._at_most = at_most
+        self._sent: deque[tuple[Any, torch.Tensor]] = deque()
+
+    def make_room(self) -> None:
+        """Wait until one more message may be sent."""
+        self._wait(self._at_most - 1)
+
+    def add(self, work: Any, message: torch.Tensor) -> None:
+        """Remember a message and torch.distributed's handle of it."""
+        self._sent.append((work, message))
+
+    def empty(self) -> None:
+        """Wait until everything has left."""
+        self._wait(0)
+
+    def _wait(self, left: int) -> None:
+        while len(self._sent) > left:
+            work, _ = self._sent.popleft()
+            work.wait()
+
+
 class StageLink:
     """This rank's connection to the same tensor rank of the stages before and after its own, in one replica."""
 
@@ -23,7 +48,7 @@ class StageLink:
         self._group = context.groups.pp
         self._ranks = dist.get_process_group_ranks(self._group)
         self._stage, self._device = context.at.pipeline, context.device
-        self._sent: deque[tuple[Any, torch.Tensor]] = deque()
+        self._outbox = Outbox(at_most=IN_FLIGHT)
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The next message of the stage before; blocks until it is there."""
@@ -33,17 +58,10 @@ class StageLink:
 
     def send(self, message: torch.Tensor) -> None:
         """Hand on to the stage after; blocks only while `IN_FLIGHT` earlier messages are still on their way."""
-        while len(self._sent) >= IN_FLIGHT:
-            self._wait()
+        self._outbox.make_room()
         message = message.contiguous()
-        work = dist.isend(message, dst=self._ranks[self._stage + 1], group=self._group)
-        self._sent.append((work, message))  # its memory must stay until it has left
+        self._outbox.add(dist.isend(message, dst=self._ranks[self._stage + 1], group=self._group), message)
 
     def close(self) -> None:
         """Wait until everything sent has been received."""
-        while self._sent:
-            self._wait()
-
-    def _wait(self) -> None:
-        work, _ = self._sent.popleft()
-        work.wait()
+        self._outbox.empty()

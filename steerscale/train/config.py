@@ -4,18 +4,19 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from steerscale.activations.config import StreamConfig
+from steerscale.activations.placement import Placement
 from steerscale.checkpoint.config import CheckpointConfig
 from steerscale.config import require
 from steerscale.data.config import DataConfig
 from steerscale.engines.config import EngineConfig, check_engine
 from steerscale.errors import ConfigError, LayoutError
 from steerscale.models.config import ModelConfig
-from steerscale.models.hook_points import KINDS, hook_point
 from steerscale.optim import OptimConfig
 from steerscale.parallel.layout import ParallelConfig, ParallelLayout
 from steerscale.planning.cluster import ClusterConfig
-from steerscale.sae.config import SAEConfig, specs_of
+from steerscale.sae.config import SAEConfig
 from steerscale.train.profile_config import ProfileConfig
+from steerscale.train.sae_layout import check_producers, check_sae_layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,54 +183,30 @@ class RunConfig:
         )
 
     def layout(self) -> ParallelLayout:
-        """The checked layout. Raises LayoutError if it does not fit itself or the model."""
+        """The checked layout of the ranks that train. Raises LayoutError if it does not fit itself or the model."""
         layout = ParallelLayout.resolve(self.parallel)
-        layout.check_model(self.model)
+        placement = self.placement()
+        if placement is None:
+            layout.check_model(self.model)
+        else:
+            check_producers(placement.producers, self.model)
         check_engine(self.engine, layout, sae=self.sae is not None)
         self.profile.check(steps=self.train.steps, ranks=layout.world_size)
         if self.sae is not None and self.stream is not None:
             check_sae_layout(self.sae, self.stream, self.model, layout)
         return layout
 
+    def placement(self) -> Placement | None:
+        """Which ranks are the language model's, where it has ranks of its own. Raises LayoutError if they do not fit."""
+        if self.stream is None or self.stream.producers is None:
+            return None
+        trainers = ParallelLayout.resolve(self.parallel)
+        return Placement(trainers=trainers, producers=self.stream.producers.layout(), lanes=self.stream.lanes)
 
-def check_sae_layout(sae: SAEConfig, stream: StreamConfig, model: ModelConfig, layout: ParallelLayout) -> None:
-    """Whether SAEs on `stream` can be trained on `layout`. Raises LayoutError or ConfigError naming the numbers."""
-    if layout.virtual_pipeline > 1:
-        raise LayoutError(
-            f"parallel.virtual_pipeline={layout.virtual_pipeline} interleaves a backward pass, and the language model of an "
-            "SAE run has none: leave it at 1"
-        )
-    if stream.lanes % layout.data:
-        raise LayoutError(
-            f"parallel.data must divide stream.lanes: {layout.data} does not divide {stream.lanes}; each replica streams "
-            "whole lanes"
-        )
-    if layout.global_batch_size % stream.lanes:
-        raise LayoutError(
-            f"stream.lanes must divide the global batch: {stream.lanes} does not divide {layout.global_batch_size} vectors "
-            "(parallel.*_batch_size count activation vectors in an SAE run)"
-        )
-    if stream.lm_kind == "transformers":
-        return  # its hook points are known once it is loaded
-    points = {hook: hook_point(hook, model) for hook in sae.all_hooks}
-    places = {hook: (point.layer, KINDS.index(point.kind)) for hook, point in points.items()}
-    stages = {hook: point.layer * layout.pipeline // model.num_layers for hook, point in points.items()}
-    for spec in specs_of(sae, dict.fromkeys(sae.all_hooks, model.d_model)):
-        if spec.width % layout.tensor:
-            raise LayoutError(
-                f"parallel.tensor must divide the latents: {layout.tensor} does not divide the {spec.width} of {spec.name}; "
-                "change sae.width or sae.expansion"
-            )
-        if len({stages[hook] for hook in (*spec.inputs, *spec.outputs)}) > 1:
-            raise LayoutError(
-                f"the hook points of {spec.name} lie on several of the {layout.pipeline} pipeline stages: take another "
-                "parallel.pipeline, or hook points whose layers one stage holds"
-            )
-        if spec.is_transcoder and places[spec.outputs[0]] < places[spec.inputs[0]]:
-            raise ConfigError(
-                f"sae.targets: {spec.outputs[0]} comes before {spec.inputs[0]} in the model, and a transcoder computes what "
-                "comes after; exchange the two"
-            )
+    def num_ranks(self) -> int:
+        """All ranks of the run: those that train, and the language model's own if it has any."""
+        placement = self.placement()
+        return self.layout().world_size + (0 if placement is None else placement.producers.world_size)
 
 
 def batch_size_at(ramp_up: RampUpConfig | None, layout: ParallelLayout, consumed_samples: int) -> int:

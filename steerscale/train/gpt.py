@@ -54,6 +54,9 @@ class GPTTask:
             self._valid_stream.limit(config.train.eval_samples)
             self._valid = self._loader(self._valid_stream, num_prefetch=0, consumed=None)
 
+    def prepare(self, should_stop: Callable[[], bool]) -> None:
+        """Nothing takes long."""
+
     def micro_batches(self, consumed_samples: int, num_micro_batches: int) -> list[MicroBatch]:
         """This replica's part of a step."""
         return self._train.step(consumed_samples, num_micro_batches)

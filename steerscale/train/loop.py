@@ -85,6 +85,8 @@ class Loop:
         """
         config, progress = self.config, self.progress
         self._evaluate_if_due()  # a stop may have come before it
+        if progress.step < config.train.steps and not self._stopping:
+            self.task.prepare(self._stop_agreed)
         while progress.step < config.train.steps and not self._stopping:
             self._traced_step()
             if _due(progress.step, config.metrics.interval) or progress.step == config.train.steps or self._stopping:

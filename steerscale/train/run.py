@@ -7,11 +7,13 @@ import logging
 import platform
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from steerscale.accelerators import choose_kernels, format_table, kernel_table
+from steerscale.activations.source import ActivationSource
 from steerscale.checkpoint.store import CheckpointStore, load_state
 from steerscale.config import dump_yaml, from_mapping
 from steerscale.errors import CheckpointError
@@ -19,6 +21,7 @@ from steerscale.metrics import Recorder
 from steerscale.parallel.context import ParallelContext, initialize
 from steerscale.planning.hardware import peak_tflops
 from steerscale.rundir import KERNELS, State, Status, read_config, write_error, write_status, write_text
+from steerscale.train.apart import run_apart
 from steerscale.train.config import RunConfig
 from steerscale.train.gpt import build_gpt_task
 from steerscale.train.loop import Loop, Progress
@@ -35,11 +38,25 @@ def run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> None:
     """Train what the run directory describes, from its newest checkpoint if it has one."""
     config = from_mapping(RunConfig, read_config(run_dir))
     torch.set_num_threads(threads)
-    with (
-        initialize(config.layout(), timeout_minutes=config.launcher.timeout_minutes) as context,
-        _leaving_word(run_dir, rank),
-        closing(_build_task(config, context, run_dir)) as task,
-    ):
+    minutes = config.launcher.timeout_minutes
+    if config.placement() is not None:
+        run_apart(
+            config, stop, train=partial(_train, config, run_dir, rank, stop), leaving_word=_leaving_word(run_dir, rank)
+        )
+        return
+    with initialize(config.layout(), timeout_minutes=minutes) as context, _leaving_word(run_dir, rank):
+        _train(config, run_dir, rank, stop, context)
+
+
+def _train(
+    config: RunConfig,
+    run_dir: Path,
+    rank: int,
+    stop: StopRequest,
+    context: ParallelContext,
+    source: ActivationSource | None = None,
+) -> None:
+    with closing(_build_task(config, context, run_dir, source)) as task:
         store = CheckpointStore(run_dir / "checkpoints", config.checkpoint)
         progress = _resume(config, store, task)
 
@@ -70,12 +87,12 @@ def run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> None:
         logger.info("%s at step %d of %d", "finished" if finished else "stopped", progress.step, config.train.steps)
 
 
-def _build_task(config: RunConfig, context: ParallelContext, run_dir: Path) -> Task:
+def _build_task(config: RunConfig, context: ParallelContext, run_dir: Path, source: ActivationSource | None) -> Task:
     if is_due(config, context):
         run_preflight(config, context, run_dir)  # while the device is still empty
     peak = _peak_tflops(config, context.device)
     if config.sae is not None:
-        return build_sae_task(config, context, peak_tflops=peak)
+        return build_sae_task(config, context, peak_tflops=peak, source=source)
     return build_gpt_task(config, context, peak_tflops=peak)
 
 
@@ -123,12 +140,16 @@ def _resume(config: RunConfig, store: CheckpointStore, task: Task) -> Progress:
 def _announce(config: RunConfig, context: ParallelContext, task: Task, progress: Progress, recorder: Recorder) -> None:
     if context.rank != 0:
         return
-    device = _device_name(context.device)
-    recorder.write(
-        "start", progress.step, {"layout": str(context.layout), "device": device, "ranks": context.layout.world_size}
-    )
+    device, ranks, placement = _device_name(context.device), context.layout.world_size, config.placement()
+    producers = {} if placement is None else {"producers": str(placement.producers)}
+    values = {"layout": str(context.layout), "device": device, "ranks": config.num_ranks(), **producers}
+    recorder.write("start", progress.step, values)
     how = f"{config.engine.precision}, {config.engine.title}"
-    logger.info("%s on %d x %s, %s", context.layout, context.layout.world_size, device, how)
+    logger.info("%s on %d x %s, %s", context.layout, ranks, device, how)
+    if placement is not None:
+        logger.info(
+            "the language model on %d ranks of its own: %s", placement.producers.world_size, placement.producers
+        )
     logger.info("%s", task.describe())
     of_megatron, on_cuda = config.engine.name == "megatron", context.device.type == "cuda"
     adam = choose_kernels(config.engine.kernels, on_cuda=on_cuda) if of_megatron else None

@@ -1,8 +1,9 @@
 """Training SAEs on activations streamed from a frozen language model, behind the loop's `Task`.
 
-The language model runs on the whole layout. An SAE lives on the pipeline stage that owns its hook points: there its latents
-are cut over the tensor group and its optimizer's state over the replicas, by an engine of its own; other stages only hear of
-its figures. A *sample* is one activation vector, so `parallel.*_batch_size` count vectors.
+The language model runs on the whole layout, or on ranks of its own (`activations.remote`). An SAE lives on the pipeline stage
+that owns its hook points: there its latents are cut over the tensor group and its optimizer's state over the replicas, by an
+engine of its own; other stages only hear of its figures. A *sample* is one activation vector, so `parallel.*_batch_size` count
+vectors.
 """
 
 import math
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from steerscale.activations.cost import stream_cost
+from steerscale.activations.source import ActivationSource
 from steerscale.activations.stream import ActivationStream, build_stream
 from steerscale.checkpoint.fragments import Fragment, FragmentReader
 from steerscale.engines.base import Engine, StepResult, Timer, Totals
@@ -86,6 +88,10 @@ class SAETask:
         self._peak_tflops, self._lm_flops = peak_tflops, _lm_flops(config)
         self._l0: dict[str, float] = {}
         self._fresh = True
+
+    def prepare(self, should_stop: Callable[[], bool]) -> None:
+        """Fill the shuffle buffer."""
+        self.stream.fill(should_stop)
 
     def micro_batches(self, consumed_samples: int, num_micro_batches: int) -> list[Vectors]:
         """The stream's next vectors; it knows itself where it stands."""
@@ -169,7 +175,9 @@ class SAETask:
 
     def throughput(self, seconds: float, layout: ParallelLayout) -> dict[str, float | None]:
         """Vectors, and FLOPs of both the language model's forward pass and the SAEs' training; see docs/throughput.md."""
-        vectors, gpu_seconds = layout.global_batch_size, seconds * layout.world_size
+        placement = self.config.placement()
+        ranks = layout.world_size + (0 if placement is None else placement.producers.world_size)
+        vectors, gpu_seconds = layout.global_batch_size, seconds * ranks
         per_vector = sum(
             sae_flops_per_vector(d_in=spec.d_in, d_out=spec.d_out, width=spec.width, l0=self._l0.get(spec.name, 0.0))
             for spec in self.specs
@@ -212,6 +220,7 @@ class SAETask:
             "model": {spec.name: spec.shape for spec in self.specs},
             "sae": {spec.name: asdict(spec) for spec in self.specs},
             "stream": self.stream.state(),
+            "fresh": self._fresh,
             "applied_steps": [merged[number] for number in range(len(self.specs))],
         }
 
@@ -225,7 +234,7 @@ class SAETask:
         self.stream.load(state["stream"])
         first = self.context.counts_once and self.context.at.data == 0
         self.stream.consumed.value = consumed_hash if first else 0
-        self._fresh = False
+        self._fresh = state.get("fresh", False)
 
     def close(self) -> None:
         """Let go of the SAEs and the language model."""
@@ -234,12 +243,21 @@ class SAETask:
         self.stream.close()
 
 
-def build_sae_task(config: RunConfig, context: ParallelContext, *, peak_tflops: float | None = None) -> SAETask:
-    """The language model with its stream, and the SAEs of this rank's stage with their initial weights."""
+def build_sae_task(
+    config: RunConfig,
+    context: ParallelContext,
+    *,
+    peak_tflops: float | None = None,
+    source: ActivationSource | None = None,
+) -> SAETask:
+    """The stream of the language model, and the SAEs of this rank's stage with their initial weights.
+
+    `source` is the model if it is elsewhere; None: it is loaded here.
+    """
     if config.sae is None or config.stream is None or config.data is None:
         raise ConfigError("training SAEs needs the sections sae, stream and data")
     stream = build_stream(
-        config.stream, data=config.data, hooks=config.sae.all_hooks, context=context, seed=config.seed
+        config.stream, data=config.data, hooks=config.sae.all_hooks, context=context, seed=config.seed, source=source
     )
     return SAETask(config, context, stream, peak_tflops=peak_tflops)
 

@@ -5,7 +5,7 @@ Import this before torch: a signal that arrives during slow imports must not kil
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -17,6 +17,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.name: str | None = None
         self._interactive = False
+        self._elsewhere: Callable[[], str | None] = lambda: None
 
     def install(self) -> None:
         """Take over the stop signals of this process."""
@@ -42,5 +43,11 @@ class StopRequest:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
 
+    def ask_also(self, elsewhere: Callable[[], str | None]) -> None:
+        """Another place to look at, which gives the name of a signal that came there, or None."""
+        self._elsewhere = elsewhere
+
     def __bool__(self) -> bool:
+        if self.name is None:
+            self.name = self._elsewhere()
         return self.name is not None

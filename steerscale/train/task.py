@@ -12,6 +12,10 @@ from steerscale.parallel.layout import ParallelLayout
 class Task(Protocol):
     """A model, its optimizer and its data, ready to train. All ranks call every method together."""
 
+    def prepare(self, should_stop: Callable[[], bool]) -> None:
+        """What takes long before the first step of a start. `should_stop` is asked as often on all ranks; True ends it."""
+        ...
+
     def micro_batches(self, consumed_samples: int, num_micro_batches: int) -> Sequence[Any]:
         """This replica's part of the step that begins after `consumed_samples` samples."""
         ...

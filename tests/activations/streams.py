@@ -1,16 +1,22 @@
 """Small streams for tests that run on ranks."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from steerscale.activations.config import StreamConfig
+from steerscale.activations.facts import buffer_dtype
 from steerscale.activations.order import GIB
+from steerscale.activations.placement import PRODUCERS, TRAINERS, Placement
+from steerscale.activations.producer import Producer
+from steerscale.activations.remote import RemoteSource
 from steerscale.activations.source import GPTSource
 from steerscale.activations.stream import ActivationStream
 from steerscale.data.config import DataConfig
@@ -18,6 +24,8 @@ from steerscale.data.dataset import SampleStream
 from steerscale.models.config import ModelConfig
 from steerscale.parallel.context import ParallelContext, initialize
 from steerscale.parallel.layout import ParallelLayout
+from steerscale.parallel.link import Link
+from steerscale.parallel.worlds import World, join_world
 from tests.models.gpts import GPT2, LLAMA, build_random
 
 SEQ_LEN, LANES, BLOCK = 32, 8, 5
@@ -82,7 +90,7 @@ def take(
         ids.append(batch.ids.numpy())
         assert batch.activations.keys() == activations.keys()
         for hook, x_Bd in batch.activations.items():
-            activations[hook].append(x_Bd.numpy())
+            activations[hook].append(x_Bd.float().numpy())  # numpy has no bfloat16
     return Seen(tuple(context.at), ids, activations, stream.consumed.value, stream.state())
 
 
@@ -97,6 +105,48 @@ def see(
     """Build and take, on the ranks of the current process group. For `RankPool.run`."""
     with initialize(layout) as context, closing(build(data, model, hooks, context)) as stream:
         return take(stream, context, sizes, state)
+
+
+@contextmanager
+def joined(sizes: Mapping[str, int]) -> Iterator[World]:
+    """The pool's ranks as several worlds, for a while."""
+    store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    store.add("joined", 1)
+    while store.add("joined", 0) < size:  # who leaves while another is still connecting cuts it off
+        time.sleep(0.002)
+    dist.destroy_process_group()
+    try:
+        with join_world(sizes, started=(store, rank, size)) as world:
+            yield world
+    finally:
+        dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=size)
+
+
+def see_apart(
+    placement: Placement,
+    data: Path,
+    model: ModelConfig,
+    hooks: Sequence[str],
+    sizes: Sequence[int],
+    state: dict[str, Any] | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Seen | int:
+    """As `see`, with the model on ranks of its own; of those, the forward passes they ran. For `RankPool.run`."""
+    config = stream_config(model, hooks=len(hooks), **(changes or {}))
+    layouts = {TRAINERS: placement.trainers, PRODUCERS: placement.producers}
+    with (
+        joined({name: layout.world_size for name, layout in layouts.items()}) as world,
+        initialize(layouts[world.name], world=world) as context,
+    ):
+        link = Link(world, device=context.device)
+        if world.name == PRODUCERS:
+            source = CountingSource(GPTSource(build_random(model, context), hooks, context, seq_len=SEQ_LEN))
+            dtype = buffer_dtype(config, source)
+            Producer(source, link, placement, context, store=world.everyone, dtype=dtype).serve(lambda: None)
+            return source.passes
+        remote = RemoteSource(link, placement, context, world.everyone)
+        with closing(ActivationStream(config, remote, dataset(data), context)) as stream:
+            return take(stream, context, sizes, state)
 
 
 class CountingSource:

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from steerscale.activations.config import StreamConfig
-from steerscale.activations.loading import find_kind, load_source
+from steerscale.activations.loading import load_source
+from steerscale.activations.shape import find_kind
 from steerscale.activations.source import GPTSource, TransformersSource
 from steerscale.errors import ConfigError, DataError, LayoutError
 from steerscale.models.config import ModelConfig

@@ -320,6 +320,45 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("stream.lm=other_run is another model", "model.d_model=768 is not 64"),
     ),
     "SAE, model's width": (f"{SAE} model.d_model=128", ("stream.lm=other_run is another model", "128 is not 64")),
+    "SAE, transformers on a run": (f"{SAE} stream.lm_kind=transformers", ("is a run directory", "use gpt")),
+    "SAE, checkpoint missing": (
+        f"{SAE} stream.checkpoint=other_run/checkpoints/step_00000099",
+        ("stream.checkpoint=", "step_00000099 is no whole checkpoint", "manifest.json cannot be read"),
+    ),
+    "SAE, nothing trained": (f"{SAE} stream.lm=untrained", ("untrained holds no whole checkpoint", "train it first")),
+    "SAE, buffer too small": (
+        f"{SAE} stream.buffer_gib=0.0001",
+        ("stream.buffer_gib=0.0001 holds less than a sequence", "stream.lanes=16", "must be at least"),
+    ),
+    "SAE, beyond learned positions": (
+        f"{SAE} stream.lm=learned stream.seq_len=4096",
+        ("stream.seq_len=4096 is longer than the model's 128 learned positions",),
+    ),
+    # --- producers apart
+    "producers, typo": (f"{SAE} stream.producers.tensr=2", ("unknown key 'stream.producers.tensr'", "'tensor'")),
+    "producers, none": (f"{SAE} stream.producers.data=0", ("stream.producers.data must be at least 1, got 0",)),
+    "producers, heads": (
+        f"{SAE} stream.producers.tensor=3",
+        ("stream.producers.tensor must divide model.num_heads", "3 does not divide 4"),
+    ),
+    "producers, layers": (f"{SAE} stream.producers.pipeline=3", ("stream.producers.pipeline x", "does not divide 4")),
+    "producers, lanes": (
+        f"{SAE} stream.producers.data=3",
+        ("stream.producers.data must divide stream.lanes: 3 does not divide 16",),
+    ),
+    "producers, trainers' pipeline": (
+        f"{SAE} stream.producers.tensor=2 parallel.pipeline=2",
+        ("parallel.pipeline=2 cuts the language model", "set stream.producers.pipeline"),
+    ),
+    "producers, sequence": (
+        f"{SAE} stream.producers.sequence=true",
+        ("stream.producers.sequence=true needs stream.producers.tensor > 1",),
+    ),
+    "producers, nodes": (
+        f"{SAE} stream.producers.tensor=4 parallel.tensor=2 parallel.data=4 launcher=slurm cluster=alpha "
+        "cluster.account=p",
+        ("8 ranks that train and 4 producers are 12", "do not fill whole nodes of alpha", "for 8 or 16 together"),
+    ),
     "SAE into another architecture's run": (
         f"{SAE} run_dir=sae_run sae.architecture=jumprelu",
         ("sae_run holds checkpoints of another model", "architecture: topk", "architecture: jumprelu"),

@@ -80,6 +80,20 @@ def other_run(workplace: Path) -> Path:
 
 
 @pytest.fixture
+def learned(workplace: Path) -> Path:
+    """The same with learned positions."""
+    return make_run(workplace / "learned", ["model.d_model=64", "model.vocab_size=1000", "model.position=learned"])
+
+
+@pytest.fixture
+def untrained(workplace: Path) -> Path:
+    """A run directory without a checkpoint."""
+    run_dir = make_run(workplace / "untrained", ["model.d_model=64", "model.vocab_size=1000"])
+    shutil.rmtree(run_dir / "checkpoints")
+    return run_dir
+
+
+@pytest.fixture
 def sae_run(workplace: Path, other_run: Path) -> Path:
     """A run directory with a checkpoint of a TopK SAE on layer 1 of `other_run`."""
     hook = "blocks.1.hook_resid_post"
@@ -97,6 +111,7 @@ def make_run(run_dir: Path, overrides: list[str], *, step: int = 10) -> Path:
     from dataclasses import asdict
 
     from launch.compose import compose_config
+    from steerscale.checkpoint.integrity import FORMAT_VERSION, describe_file
     from steerscale.config import dump_yaml, from_mapping
     from steerscale.train.config import RunConfig
 
@@ -107,5 +122,9 @@ def make_run(run_dir: Path, overrides: list[str], *, step: int = 10) -> Path:
     checkpoint.mkdir(parents=True)
     state = {"progress": {"step": step}, "model": asdict(config.model)}
     (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    (checkpoint / "index.json").write_text("{}", encoding="utf-8")
+    files = {path.name: describe_file(path) for path in sorted(checkpoint.iterdir())}
+    manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     (run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
     return run_dir

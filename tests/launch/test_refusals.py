@@ -13,10 +13,9 @@ from tests.launch.bad_configs import CASES
 from tests.launch.conftest import Refusal
 
 
+@pytest.mark.usefixtures("other_run", "sae_run", "learned", "untrained")
 @pytest.mark.parametrize("case", CASES)
-def test_refuses_with_one_clear_line(
-    case: str, refusal: Refusal, datasets: dict[str, Path], workplace: Path, other_run: Path, sae_run: Path
-) -> None:
+def test_refuses_with_one_clear_line(case: str, refusal: Refusal, datasets: dict[str, Path], workplace: Path) -> None:
     (workplace / "a_file").write_text("mine", encoding="utf-8")
     (workplace / "notes").mkdir()
     (workplace / "notes" / "todo.txt").write_text("mine", encoding="utf-8")

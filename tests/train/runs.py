@@ -81,7 +81,7 @@ class Workers:
         """`setup(rank)` is called in each process before the worker begins: to have something happen at some moment."""
         context = multiprocessing.get_context(START_METHOD)
         context.set_forkserver_preload(PRELOAD)
-        size = config.layout().world_size
+        size = config.num_ranks()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
