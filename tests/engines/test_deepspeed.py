@@ -1,0 +1,148 @@
+"""One optimizer step under DeepSpeed: what is skipped, how the batch grows, and what is left behind in the process."""
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from steerscale.data.loader import MicroBatch
+from steerscale.engines.config import EngineConfig
+from steerscale.engines.deepspeed import scaled
+from steerscale.parallel.context import initialize
+from steerscale.testing.parity import Curve, assert_parity, train_curve
+from steerscale.testing.ranks import RankPool
+from steerscale.train.config import RampUpConfig, RunConfig
+from steerscale.train.gpt import GPTTask, build_gpt_task
+from tests.parity.runs import MODELS, SEQUENCES, layout, run_config
+
+pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+
+LR = 1e-3
+
+
+def config_of(
+    data: Path, stage: int, degrees: dict[str, int], *, run_dir: Path = Path("unused"), **settings: Any
+) -> RunConfig:
+    """A short run of the smaller model."""
+    engine = EngineConfig(name="deepspeed", zero_stage=stage, **settings)
+    return run_config(data, run_dir, MODELS["gpt2"], layout(**degrees), engine=engine, steps=4)
+
+
+def snapshot(task: GPTTask) -> list[np.ndarray]:
+    """Main weights and moments of this rank."""
+    return [fragment.data.detach().float().numpy().copy() for fragment in task.engine.fragments()]
+
+
+def same(before: list[np.ndarray], after: list[np.ndarray]) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def skip_a_step(config: RunConfig, value: float) -> dict[str, Any]:
+    """Three steps; the second one's losses are times `value` on rank 1."""
+    with initialize(config.layout()) as context, closing(build_gpt_task(config, context)) as task:
+
+        def poisoned(micro_batch: MicroBatch, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+            output, reduce = task.forward(micro_batch, chunk)
+            return output, lambda losses: reduce(losses * value) if context.rank == 1 else reduce(losses)
+
+        def step(number: int, forward: Callable) -> Any:
+            batches = task.micro_batches(number * SEQUENCES, context.layout.gradient_accumulation_steps)
+            return task.engine.train_step(batches, forward, lr=LR)
+
+        first = step(0, task.forward)
+        before = snapshot(task)
+        second = step(1, poisoned)
+        between = snapshot(task)
+        third = step(1, task.forward)
+        return {
+            "applied": [first.applied, second.applied, third.applied],
+            "norms": [first.grad_norm, second.grad_norm, third.grad_norm],
+            "unchanged": same(before, between),
+            "moved": not same(between, snapshot(task)),
+        }
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("stage", "degrees"), [(0, {"data": 2}), (1, {"pipeline": 2}), (2, {"data": 2}), (3, {"data": 2})], ids=str
+)
+def test_train_step_skips_what_is_not_finite(
+    pool: RankPool, german_data: Path, stage: int, degrees: dict[str, int], value: float
+) -> None:
+    for found in pool.run(skip_a_step, config_of(german_data, stage, degrees), value, ranks=2):
+        assert found["applied"] == [True, False, True]
+        assert [math.isfinite(norm) for norm in found["norms"]] == [True, False, True]
+        assert found["unchanged"]
+        assert found["moved"]
+
+
+def test_infinite_loss_has_no_finite_gradient() -> None:
+    logits = torch.tensor([0.0, -math.inf], requires_grad=True)
+    loss = torch.nn.functional.cross_entropy(logits.unsqueeze(0), torch.tensor([1]), reduction="sum")
+    assert torch.isinf(loss)
+    scaled(loss, torch.tensor(0.5)).backward()
+    assert logits.grad is not None
+    assert not logits.grad.isfinite().any()
+    finite = torch.tensor(3.0, requires_grad=True)
+    scaled(finite, torch.tensor(0.5)).backward()
+    assert finite.grad == 0.5
+
+
+@pytest.fixture
+def run(pool: RankPool, german_data: Path, tmp_path: Path) -> Callable[..., Curve]:
+    """run(config) trains it in a directory of its own."""
+    count = 0
+
+    def make(config: RunConfig) -> Curve:
+        nonlocal count
+        count += 1
+        config = replace(config, run_dir=str(tmp_path / f"run-{count}"))
+        return pool.run(train_curve, config, ranks=config.layout().world_size)[0]
+
+    return make
+
+
+@pytest.mark.parametrize(("stage", "degrees"), [(1, {"pipeline": 2}), (2, {"data": 2})], ids=str)
+def test_batch_grows(run: Callable[..., Curve], german_data: Path, stage: int, degrees: dict[str, int]) -> None:
+    ramp = RampUpConfig(start=4, increment=4, samples=8)
+    configs = [config_of(german_data, stage, degrees)]
+    configs.append(replace(configs[0], engine=EngineConfig(), parallel=layout()))
+    got, expected = (run(replace(config, train=replace(config.train, ramp_up=ramp))) for config in configs)
+    assert_parity(replace(got, parameters=expected.parameters), expected)
+
+
+def test_recompute_changes_nothing(run: Callable[..., Curve], german_data: Path) -> None:
+    curves = [run(config_of(german_data, 1, {"pipeline": 2}, recompute=kind)) for kind in ("none", "full", "selective")]
+    assert curves[0].losses == curves[1].losses == curves[2].losses
+    assert same(list(curves[0].parameters.values()), list(curves[1].parameters.values()))
+
+
+def look_around(config: RunConfig) -> dict[str, Any]:
+    """What an engine leaves behind."""
+    environment, handlers = dict(os.environ), list(logging.getLogger().handlers)
+    with initialize(config.layout()) as context, closing(build_gpt_task(config, context)):
+        pass
+    import deepspeed.comm.comm as comm
+    from deepspeed.utils import groups
+
+    return {
+        "environment": {key for key in {*environment, *os.environ} if environment.get(key) != os.environ.get(key)},
+        "handlers": logging.getLogger().handlers == handlers,
+        "groups": [comm.cdb, groups.mpu, groups._WORLD_GROUP],
+        "compile": torch.compile.__module__,
+    }
+
+
+@pytest.mark.parametrize("degrees", [{}, {"pipeline": 2}], ids=str)
+def test_nothing_is_left_behind(pool: RankPool, german_data: Path, degrees: dict[str, int]) -> None:
+    config = config_of(german_data, 1, degrees)
+    for found in pool.run(look_around, config, ranks=config.layout().world_size):
+        assert found == {"environment": set(), "handlers": True, "groups": [None] * 3, "compile": "torch"}
