@@ -1,12 +1,18 @@
 """Latents are found by what they do: figures against plain definitions, gradients against finite differences."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from steerscale.cli import main
 from steerscale.errors import ConfigError
 from steerscale.interp import find
 from steerscale.interp.find import Activity, label_figures, target_gradient
 from steerscale.interp.interventions import logit_effect, patch
+from steerscale.interp.recipes import load_recipe
 from steerscale.language_model import LanguageModel
 from steerscale.parallel.context import initialize
 from steerscale.parallel.layout import ParallelLayout
@@ -116,3 +122,51 @@ def test_attribution_direct_effect_and_direction_add_up() -> None:
     assert best.figures["decoder"] == pytest.approx(1, abs=1e-5)
     with pytest.raises(ConfigError, match="width 5"):
         find.find_by_direction(sae, torch.ones(5))
+
+
+def test_find_and_sweep_commands(sae_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sae, recipe = str(sae_run), tmp_path / "found.yaml"
+    texts = {"with": ["Das Paket ist da.", "Ein Paket mehr.", "Das Paket fehlt.", "Kein Paket hier."] * 5}
+    texts["without"] = ["Wir gehen nach Hause.", "Heute ist es kalt.", "Niemand war dort.", "Sie kommt nie."] * 5
+    files = {name: tmp_path / f"{name}.txt" for name in texts}
+    for name, path in files.items():
+        path.write_text("\n".join(texts[name]), encoding="utf-8")
+    save_file({"way": torch.linspace(-1, 1, 32)}, tmp_path / "way.safetensors")
+    contrast = ["--contrast", str(files["with"]), str(files["without"])]
+    words = ["--pattern", "Paket", "--text", str(files["with"])]
+    for way in (
+        ["--query", r"\w", "--samples", "8"],
+        words,
+        ["--direction", f"{tmp_path / 'way.safetensors'}:way"],
+        contrast,
+    ):
+        assert main(["sae", "find", sae, *way, "--count", "2", "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert len(rows) == 2
+        assert all(0 <= row["latent"] < 128 and row["promoted"] for row in rows)
+    assert main(["sae", "find", sae, *contrast, "--count", "1", "--save", str(recipe), "--times", "3"]) == 0
+    latent = int(capsys.readouterr().out.splitlines()[1].split()[0])
+    (edit,) = load_recipe(recipe).saes[0].edits
+    assert edit.latent == latent == rows[0]["latent"]
+    assert edit.target == pytest.approx(3 * rows[0]["largest"], rel=1e-3)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Das Paket\nWir gehen\nEs ist kalt\n", encoding="utf-8")
+    sweep = ["steer", "sweep", str(recipe), "--prompts", str(prompts), "--strengths", "1", "--max-tokens", "4"]
+    sweep += ["--concept", "(?i)[a-z]+", "--instruction", "Vom Paket.", "--pair", "Paket", "Haus", *contrast]
+    assert main([*sweep, "-o", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    points = json.loads((tmp_path / "out" / "sweep.json").read_text(encoding="utf-8"))["points"]
+    methods = ["none", "found", "prompting", "activation addition", "difference of means", "probe"]
+    assert [point["method"] for point in points] == methods
+    assert all(method in out for method in methods)
+    assert (tmp_path / "out" / "sweep.png").is_file()
+    for wrong, message in (
+        (["sae", "find", sae, "--pattern", "x"], "needs a text file"),
+        (["sae", "find", sae, "--task", "pos", "--data", "nowhere.txt"], "needs --label"),
+        (["sae", "find", sae, "--target", "a"], "give --prompt"),
+        (["sae", "find", sae, "--direct", "Das Paket ist da"], "must be one token"),
+        ([*sweep[:7], "--concept", "("], "no regular expression"),
+        (["steer", "sweep", str(tmp_path / "no.yaml"), *sweep[3:]], "cannot be read as YAML"),
+    ):
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err
