@@ -99,7 +99,11 @@ class Answer:
 
     def _text_scores(self, scores: list[TokenScore]) -> dict[str, Any]:
         texts = self._texts([score.token for score in scores])
-        best = [dict(zip(self._texts([t for t, _ in s.best]), [value for _, value in s.best])) for s in scores]
+        # Two tokens may be one text, a letter and its byte: the more probable one, which comes first, says how probable it is.
+        best = [
+            dict(zip(reversed(self._texts([token for token, _ in score.best])), [v for _, v in reversed(score.best)]))
+            for score in scores
+        ]
         offsets = [sum(map(len, texts[:index])) for index in range(len(texts))]
         return {
             "tokens": texts,

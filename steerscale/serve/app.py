@@ -60,7 +60,12 @@ def make_app(
             Route("/v1/completions", partial(service.generate, chat=False), methods=["POST"]),
             Route("/v1/chat/completions", partial(service.generate, chat=True), methods=["POST"]),
         ],
-        exception_handlers={RequestError: _on_request_error, HTTPException: _on_http_error, Exception: _on_defect},
+        exception_handlers={
+            RequestError: _on_request_error,
+            HTTPException: _on_http_error,
+            ClientDisconnect: _on_disconnect,
+            Exception: _on_defect,
+        },
         lifespan=lifespan,
     )
     return Guard(app, hosts=hosts)
@@ -127,6 +132,10 @@ class _Service:
             if stop:
                 return [self._lm.encode(text)], stop
             return [self._lm.tokenizer.encode(text)], stop  # a template puts what is to come first itself
+        known = min(self._lm.model.tokens, self._lm.tokenizer.vocab_size)
+        for one in asked.prompts:
+            if not isinstance(one, str) and not all(0 <= token < known for token in one):
+                raise RequestError(f"prompt has token ids outside of the model's 0 to {known - 1}", param="prompt")
         return [self._lm.encode(one) if isinstance(one, str) else list(one) for one in asked.prompts], ()
 
     def _max_tokens(self, asked: Asked, *, longest: int) -> int:
@@ -255,6 +264,10 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = f"{request.method} {request.url.path}: {error.detail}"
     return JSONResponse(RequestError(text).body, status_code=error.status_code, headers=error.headers)
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
 
 
 async def _on_defect(request: Request, error: Exception) -> Response:

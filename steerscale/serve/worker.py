@@ -11,6 +11,7 @@ import torch
 
 from steerscale.errors import SteerscaleError
 from steerscale.generation import Completion, generate
+from steerscale.interp.combine import chained
 from steerscale.interp.interventions import capture
 from steerscale.language_model import LanguageModel
 from steerscale.models.hooks import HookFunction
@@ -20,6 +21,8 @@ from steerscale.serve.errors import RequestError, overloaded
 logger = logging.getLogger(__name__)
 
 MOST_WAITING = 512
+_FIRST = "blocks.0.hook_resid_pre"
+"""Where every model's forward pass begins."""
 _POSITIONS = 128
 """Whose logits are computed at once for logprobs."""
 
@@ -147,13 +150,8 @@ class ModelThread:
             job.tell(Failed(RequestError("the generation failed", status=500, type="server_error")))
 
     def _generate(self, job: Job) -> Finished:
-        functions = job.functions()
-
-        def on_text(row: int, text: str) -> None:
-            if job.cancelled.is_set():
-                raise _Cancelled
-            job.tell(Piece(row, text))
-
+        logger.info("a generation begins")
+        functions = _watched(job.functions(), job.cancelled)
         completions = generate(
             self._lm,
             job.prompts,
@@ -161,20 +159,30 @@ class ModelThread:
             max_tokens=job.max_tokens,
             stop=job.stop,
             functions=functions,
-            on_text=on_text,
+            on_text=lambda row, text: job.tell(Piece(row, text)),
         )
         if job.logprobs is None:
             return Finished(completions, None)
-        scores = []
-        for prompt, completion in zip(job.prompts, completions):
-            if job.cancelled.is_set():
-                raise _Cancelled
-            scores.append(score(self._lm, prompt, completion.tokens, functions, count=job.logprobs))
+        scores = [
+            score(self._lm, prompt, completion.tokens, functions, count=job.logprobs)
+            for prompt, completion in zip(job.prompts, completions)
+        ]
         return Finished(completions, scores)
 
     def _turn_away(self, job: Job | None) -> None:
         if job is not None:
             job.tell(Failed(overloaded("the server is ending")))
+
+
+def _watched(functions: Mapping[str, HookFunction], cancelled: threading.Event) -> dict[str, HookFunction]:
+    """The same, and every forward pass begins by asking whether anybody still wants it."""
+
+    def watch(x_BSM: torch.Tensor) -> None:
+        if cancelled.is_set():
+            raise _Cancelled
+
+    own = functions.get(_FIRST)
+    return {**functions, _FIRST: watch if own is None else chained([watch, own])}
 
 
 @torch.no_grad()
