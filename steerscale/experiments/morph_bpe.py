@@ -9,6 +9,7 @@ import torch
 
 from steerscale.data.config import DataConfig
 from steerscale.data.dataset import SampleStream
+from steerscale.data.manifest import inspect_dataset
 from steerscale.experiments.morph_bpe_config import MorphBPEConfig
 from steerscale.experiments.morph_bpe_report import report
 from steerscale.experiments.morph_bpe_text import (
@@ -64,18 +65,19 @@ def evaluate_gpts(config: MorphBPEConfig, bench: Bench) -> Results:
 
 
 def gpt_config(config: MorphBPEConfig, root: Path, language: str, kind: str, seed: int) -> RunConfig:
-    """The training run of one GPT, as many steps long as `seen_bytes` are tokens."""
-    data = DataConfig(path=str(dataset(root, language, kind, TRAIN)))
+    """The training run of one GPT; steps and bytes a step are the same for all tokenizers, to half a token a sequence."""
+    path = dataset(root, language, kind, TRAIN)
     gpt, name = config.gpt, f"{language}_{kind}_{seed}"
-    stream = SampleStream(data, seq_len=gpt.model.seq_len)
-    bytes_a_step = gpt.layout().global_batch_size * gpt.model.seq_len * stream.bytes_per_token
+    seq_len = max(round(config.sequence_bytes / inspect_dataset(path).splits["train"].bytes_per_token), 1)
+    steps = max(round(config.seen_bytes / config.sequence_bytes / gpt.layout().global_batch_size), 1)
     return replace(
         gpt,
         name=name,
         run_dir=str(root / "train" / name),
         seed=config.seed + seed,
-        data=data,
-        train=replace(gpt.train, steps=max(round(config.seen_bytes / bytes_a_step), 1)),
+        model=replace(gpt.model, seq_len=seq_len),
+        data=DataConfig(path=str(path)),
+        train=replace(gpt.train, steps=steps),
     )
 
 
@@ -110,7 +112,15 @@ EXPERIMENT = Experiment(
         Stage(
             name="train",
             run=train_gpts,
-            settings=("seen_bytes", "seeds", "gpt.model", "gpt.optim", "gpt.parallel", "gpt.engine.precision"),
+            settings=(
+                "seen_bytes",
+                "sequence_bytes",
+                "seeds",
+                "gpt.model",
+                "gpt.optim",
+                "gpt.parallel",
+                "gpt.engine.precision",
+            ),
         ),
         Stage(name="evaluate", run=evaluate_gpts, settings=()),
     ],

@@ -36,14 +36,17 @@ class MorphBPEConfig(ExperimentConfig):
     """Bytes of each held-out text, drawn by lines."""
     seen_bytes: int
     """Bytes of text each GPT is trained on, whatever the number of tokens."""
+    sequence_bytes: int
+    """Bytes of a sequence on average: model.seq_len is as many tokens as that are, so that all GPTs see as much text at once,
+    and take as many steps."""
     seeds: int = 3
     """GPTs for each language and tokenizer, with other initial weights and another order of the samples."""
     gpt: RunConfig
-    """The training run; its data, steps and seed are the experiment's to set."""
+    """The training run; its data, sequence length, steps and seed are the experiment's to set."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("text_bytes", "held_out_bytes", "seen_bytes", "seeds"):
+        for name in ("text_bytes", "held_out_bytes", "seen_bytes", "sequence_bytes", "seeds"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         require(bool(self.languages), "languages is empty: give one at least")
         require(len(self.tokenizers) > 1, "tokenizers: give two at least, they are to be compared")

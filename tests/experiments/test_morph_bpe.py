@@ -26,7 +26,7 @@ from steerscale.tokenizers.registry import load_tokenizer
 LINES = lzma.decompress(sample_corpus()[0].read_bytes()).decode().split("\n")
 SMALL = [
     "name=tiny", "text_bytes=150000", "held_out_bytes=6000", "seen_bytes=30000", "seeds=1", "gpt.model.num_layers=1",
-    "gpt.model.d_model=32", "gpt.model.num_heads=2", "gpt.model.d_ff=64", "gpt.model.seq_len=64",
+    "gpt.model.d_model=32", "gpt.model.num_heads=2", "gpt.model.d_ff=64", "sequence_bytes=150",
     "gpt.optim.warmup_steps=2",
 ]  # fmt: skip
 
@@ -73,7 +73,8 @@ def test_models_saw_the_same_bytes(place: Path) -> None:
     found = json.loads((place / "run" / "results.json").read_text())["results"]
     for kind in ("bpe", "morph_bpe"):
         seen = found["train"]["de"][kind]["tokens"] * found["datasets"]["de"][kind]["train"]["bytes_per_token"]
-        assert abs(seen - 30_000) < 16 * 64 * 4  # to half a step
+        assert seen == pytest.approx(30_000, rel=0.01)
+        assert found["train"]["de"][kind]["steps"] == 50
     assert found["tokenizers"]["de"]["bpe"]["gold"]["words"] == 2
     assert load_tokenizer(place / "run" / "tokenizers" / "de" / "morph_bpe").type == "morph_bpe"
 
