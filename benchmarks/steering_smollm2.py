@@ -35,7 +35,7 @@ from steerscale.interp.recipes import EditRecipe, Recipe, SAERecipe, load_recipe
 from steerscale.interp.sources import SAESource, open_sae
 from steerscale.interp.steering import Edit, Steering
 from steerscale.interp.steering_plot import plot_sweep
-from steerscale.interp.sweep import Method, Sweep, concept_tokens, run_sweep
+from steerscale.interp.sweep import FIGURES, Method, Sweep, concept_tokens, run_sweep
 from steerscale.language_model import LanguageModel, load_language_model
 from steerscale.parallel.context import initialize
 from steerscale.parallel.layout import ParallelLayout
@@ -48,6 +48,8 @@ NEUTRAL = [
     "The best way to cook rice is",
     "When the doctor came into the room,",
     "The company announced this morning that",
+    "In the evening the children like to",
+    "One of the problems with this plan is",
 ]
 TARGET_TIMES = 4
 """A recipe's target, in means of the latent where the concept is."""
@@ -188,6 +190,7 @@ def main() -> None:
         for concept in chosen:
             _sweeps(args, lm, source, concept)
             print(f"{concept.name}: {time.process_time() - begin:.0f} CPU seconds so far", flush=True)
+    (args.output / "summary.md").write_text(summary(args.output), encoding="utf-8")
 
 
 @cache
@@ -327,6 +330,45 @@ def _contrast(args: argparse.Namespace, concept: Concept) -> tuple[list[str], li
     words = compile_pattern(rf"(?<!\w)(?:{concept.words})(?!\w)")
     lines = _english(args.brown, args.parallel, concept.text)
     return [line for line in lines if words.search(line)], [line for line in lines if not words.search(line)]
+
+
+def summary(directory: Path) -> str:
+    """Tables in Markdown of all that is in a directory."""
+    known = json.loads((directory / "latents.json").read_text(encoding="utf-8"))
+    lines = [
+        "| concept | latent | AUC (choice) | AUC (held-out) | places | active there | active elsewhere |",
+        "|" + "---|" * 7,
+    ]
+    for name, one in known.items():
+        held = one["held-out"]
+        lines.append(
+            f"| {name} | {one['latent']} | {one['chosen by auc']:.3f} | {held['auc']:.3f} | {held['places']:.0f} | "
+            f"{held['active inside']:.1%} | {held['active outside']:.1%} |"
+        )
+    for kind in ("amplify", "suppress"):
+        lines += ["", f"**{kind}**", "", "| concept | method | strength | " + " | ".join(FIGURES) + " |"]
+        lines.append("|" + "---|" * (3 + len(FIGURES)))
+        for name in known:
+            path = directory / f"sweep_{name}_{kind}.json"
+            points = json.loads(path.read_text(encoding="utf-8"))["points"] if path.is_file() else []
+            for point in points:
+                figures = " | ".join(f"{point[figure]:.3g}" for figure in FIGURES)
+                lines.append(f"| {name} | {point['method']} | {point['strength']:g} | {figures} |")
+    lines += ["", "**best combined score of each method, amplified**", ""]
+    methods: list[str] = []
+    rows = []
+    for name in known:
+        path = directory / f"sweep_{name}_amplify.json"
+        if path.is_file():
+            best: dict[str, float] = {}
+            for point in json.loads(path.read_text(encoding="utf-8"))["points"]:
+                best[point["method"]] = max(point["combined"], best.get(point["method"], 0.0))
+            methods = list(best)
+            rows.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in best.values()) + " |")
+    return (
+        "\n".join([*lines, "| concept | " + " | ".join(methods) + " |", "|" + "---|" * (1 + len(methods)), *rows])
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

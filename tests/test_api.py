@@ -50,7 +50,9 @@ def test_ten_lines(sae_run: Path, tmp_path: Path) -> None:
     assert plain
     assert plain == ss.generate(lm, "Das Paket", ss.steer(lm, sae, {5: 20.0}, strength=0.0), max_tokens=8)
     moved_SM = ss.capture(lm, "Das Paket", sae.hook, functions)
-    torch.testing.assert_close(sae.sae.encode(moved_SM[1:])[:, 5], torch.full((len(x_SM) - 1,), 20.0), rtol=0.3, atol=0)
+    delta_SM = (20.0 - sae.sae.encode(x_SM)[:, 5:6]) * sae.sae.W_dec[5] / sae.sae.input_scale
+    torch.testing.assert_close((moved_SM - x_SM)[1:], delta_SM[1:], rtol=1e-4, atol=1e-3)
+    assert torch.equal(moved_SM[0], x_SM[0])  # the end of the text before
     edits = [EditRecipe(latent=5, target=20.0)]
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_yaml(Recipe(saes=[SAERecipe(path=str(sae_run), edits=edits)])), encoding="utf-8")
