@@ -113,7 +113,7 @@ def train_dictionary_toys(config: SuperpositionConfig, bench: Bench) -> Results:
         torch.ones(len(p_K), settings.features),
         hidden=settings.hidden,
         steps=settings.toy_steps,
-        batch_size=settings.batch_size // 4,
+        batch_size=settings.batch_size // 2,
         seed=config.seed + 2,
         progress=bench.progress,
     )

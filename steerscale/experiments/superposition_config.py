@@ -18,7 +18,7 @@ class SweepConfig:
     """Importance of feature i: this to the power of i."""
     active: list[float] = field(default_factory=lambda: [1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01])
     """Probabilities of a feature being active: 1 - sparsity."""
-    steps: int = 3000
+    steps: int = 2000
     """Of training."""
     batch_size: int = 512
     """Samples a step."""
@@ -50,15 +50,15 @@ class DictionaryConfig:
     """Probabilities of a feature being active."""
     main: float = 0.04
     """The one of them for all architectures and for steering."""
-    toy_steps: int = 3000
+    toy_steps: int = 2000
     """Of the toy's training."""
     expansion: int = 6
     """SAEs' latents for each dimension."""
     sparsity: dict[str, float] = field(default_factory=lambda: {"relu": 0.05, "gated": 0.05, "jumprelu": 0.01})
     """Penalties of the architectures that have one; the others select as many latents as features are active on average."""
-    sae_steps: int = 1000
+    sae_steps: int = 800
     """Of an SAE's training."""
-    batch_size: int = 1024
+    batch_size: int = 512
     """Vectors a step."""
     lr: float = 3e-3
     """Of SAEs."""
@@ -78,7 +78,7 @@ class SteeringConfig:
     """Probabilities that feature 2i switches on feature 2i + 1 in the data that directions come from."""
     value: float = 0.75
     """What the feature is to be."""
-    samples: int = 4000
+    samples: int = 2000
     """On which the effect is measured, a distribution."""
     architecture: str = "batch_topk"
     """Of the SAEs."""

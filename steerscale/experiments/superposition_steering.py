@@ -19,7 +19,7 @@ from steerscale.experiments.superposition_sae import latents, mean_differences, 
 from steerscale.experiments.superposition_toy import Toys, draw_features
 from steerscale.sae.base import SparseAutoencoder
 
-STRENGTHS = torch.linspace(0.05, 2.5, 50)
+STRENGTHS = torch.linspace(0.1, 2.5, 25)
 """Lengths of what is added, of which the best one in distribution is taken for both."""
 
 
@@ -28,6 +28,17 @@ class Samples(NamedTuple):
 
     x_Bn: torch.Tensor
     wanted_Bn: torch.Tensor
+
+
+class Task(NamedTuple):
+    """What a toy makes of samples."""
+
+    h_Bm: torch.Tensor
+    """Its hidden activations."""
+    now_Bn: torch.Tensor
+    """Its outputs."""
+    wanted_Bn: torch.Tensor
+    """Its outputs for what the inputs were to be."""
 
 
 def measure_steering(
@@ -51,8 +62,8 @@ def measure_steering(
     }
     found: dict[str, list[Results]] = {name: [] for name in directions}
     for pair in range(settings.features // 2):
-        inside = make_samples(config, pair, generator, correlation=correlation)
-        outside = make_samples(config, pair, generator, correlation=0.0)
+        inside = task_of(toy, make_samples(config, pair, generator, correlation=correlation))
+        outside = task_of(toy, make_samples(config, pair, generator, correlation=0.0))
         for name, directions_Pm in directions.items():
             unit_m = directions_Pm[pair] / directions_Pm[pair].norm()
             errors_A = torch.stack([error(toy, inside, strength * unit_m) for strength in STRENGTHS])
@@ -85,22 +96,26 @@ def make_samples(config: SuperpositionConfig, pair: int, generator: torch.Genera
     return Samples(x_Bn, wanted_Bn)
 
 
-def outputs(toy: Toys, x_Bn: torch.Tensor, added_m: torch.Tensor | None = None) -> torch.Tensor:
-    """The toy's outputs [B, n], with something added to its hidden activations."""
-    h_KBm = toy.hidden(x_Bn.unsqueeze(0))
-    return toy.outputs(h_KBm if added_m is None else h_KBm + added_m)[0]
+def task_of(toy: Toys, samples: Samples) -> Task:
+    """Run the toy on both."""
+    h_Bm, wanted_Bm = (toy.hidden(x_Bn.unsqueeze(0))[0] for x_Bn in samples)
+    return Task(h_Bm, steered(toy, h_Bm), steered(toy, wanted_Bm))
 
 
-def error(toy: Toys, samples: Samples, added_m: torch.Tensor) -> torch.Tensor:
+def steered(toy: Toys, h_Bm: torch.Tensor, added_m: torch.Tensor | None = None) -> torch.Tensor:
+    """The toy's outputs [B, n] from hidden activations, with something added to them."""
+    return toy.outputs((h_Bm if added_m is None else h_Bm + added_m).unsqueeze(0))[0]
+
+
+def error(toy: Toys, task: Task, added_m: torch.Tensor) -> torch.Tensor:
     """Scalar; see the module's docstring."""
-    wanted_Bn = outputs(toy, samples.wanted_Bn)
-    missed = (outputs(toy, samples.x_Bn, added_m) - wanted_Bn).square().sum()
-    return missed / (outputs(toy, samples.x_Bn) - wanted_Bn).square().sum()
+    missed = (steered(toy, task.h_Bm, added_m) - task.wanted_Bn).square().sum()
+    return missed / (task.now_Bn - task.wanted_Bn).square().sum()
 
 
-def side_effect(toy: Toys, samples: Samples, added_m: torch.Tensor, pair: int) -> float:
+def side_effect(toy: Toys, task: Task, added_m: torch.Tensor, pair: int) -> float:
     """How much B's output rises for each unit that A's rises."""
-    rise_n = (outputs(toy, samples.x_Bn, added_m) - outputs(toy, samples.x_Bn)).mean(0)
+    rise_n = (steered(toy, task.h_Bm, added_m) - task.now_Bn).mean(0)
     return float(rise_n[2 * pair + 1] / rise_n[2 * pair].clamp_min(1e-3))
 
 

@@ -19,12 +19,12 @@ from steerscale.experiments.superposition_sae import (
     variance_explained,
 )
 from steerscale.experiments.superposition_steering import (
-    Samples,
     error,
     make_samples,
     measure_steering,
-    outputs,
     side_effect,
+    steered,
+    task_of,
 )
 from steerscale.experiments.superposition_toy import (
     REPRESENTED,
@@ -122,10 +122,10 @@ def test_an_sae_finds_features_that_have_their_own_dimensions(toy: Toys, generat
 
 
 def test_steering_without_strength_is_no_steering(toy: Toys, generator: torch.Generator) -> None:
-    samples = make_samples(SIX, 0, generator, correlation=0.5)
+    task = task_of(toy, make_samples(SIX, 0, generator, correlation=0.5))
     nothing = 0.0 * torch.randn(6, generator=generator)
-    assert torch.equal(outputs(toy, samples.x_Bn, nothing), outputs(toy, samples.x_Bn))
-    assert float(error(toy, samples, nothing)) == 1.0
+    assert torch.equal(steered(toy, task.h_Bm, nothing), steered(toy, task.h_Bm))
+    assert float(error(toy, task, nothing)) == 1.0
 
 
 def test_samples_want_the_first_of_a_pair_and_with_it_what_goes_with_it(generator: torch.Generator) -> None:
@@ -141,11 +141,11 @@ def test_samples_want_the_first_of_a_pair_and_with_it_what_goes_with_it(generato
 def test_the_true_direction_steers_and_one_that_holds_more_has_a_side_effect(
     toy: Toys, generator: torch.Generator
 ) -> None:
-    samples: Samples = make_samples(SIX, 0, generator, correlation=0.0)
+    task = task_of(toy, make_samples(SIX, 0, generator, correlation=0.0))
     true = 0.75 * torch.eye(6)[0]
-    assert float(error(toy, samples, true)) < 1e-6
-    assert side_effect(toy, samples, true, 0) == pytest.approx(0.0, abs=1e-6)
-    assert side_effect(toy, samples, 0.75 * (torch.eye(6)[0] + torch.eye(6)[1]), 0) == pytest.approx(1.0)
+    assert float(error(toy, task, true)) < 1e-6
+    assert side_effect(toy, task, true, 0) == pytest.approx(0.0, abs=1e-6)
+    assert side_effect(toy, task, 0.75 * (torch.eye(6)[0] + torch.eye(6)[1]), 0) == pytest.approx(1.0)
 
 
 def test_difference_of_means_fails_out_of_distribution(toy: Toys, generator: torch.Generator) -> None:
