@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 def add_source_arguments(parser: argparse.ArgumentParser, *, source: str = "RUN|SAE") -> None:
     """The SAE (`source`: what a user may name), its model, text."""
-    parser.add_argument("source", type=Path, metavar=source, help="run directory of SAEs, or an SAE in a public format")
+    recipe = "a recipe, a " if "RECIPE" in source else ""
+    help = f"{recipe}run directory of SAEs, or an SAE in a public format"
+    parser.add_argument("source", type=Path, metavar=source, help=help)
     parser.add_argument("--sae", metavar="NAME", help="which one, if a run trained several")
     parser.add_argument(
         "--model",
