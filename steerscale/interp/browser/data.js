@@ -57,8 +57,8 @@ const short = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e5 || Math.abs
 const percent = (share) => (share === 0 ? "0" : share < 1e-4 ? `${(100 * share).toExponential(1)}%` : `${Number((100 * share).toPrecision(3))}%`);
 
 /** Bars over labelled places; `marks` are [index, label]. */
-function bars(values, { titles, marks, here = -1, height = 70 }) {
-  const [width, most] = [600, Math.max(...values, 1)];
+function bars(values, { titles, marks, here = -1, width = 600, height = 70 }) {
+  const most = Math.max(...values, 1);
   const step = width / values.length;
   const picture = drawing("svg", { viewBox: `0 0 ${width} ${height + 16}`, role: "img" });
   values.forEach((value, index) => {

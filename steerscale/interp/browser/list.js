@@ -77,5 +77,5 @@ function drawDensities() {
   const marks = Array.from({ length: -lowest + 1 }, (_, power) => [power * STEPS, percent(10 ** (power + lowest))]);
   const titles = (index, value) => `${value} latents from ${percent(10 ** (lowest + index / STEPS))}`;
   const here = view.latent === null || isDead(view.latent) ? -1 : place(view.latent);
-  byId("densities").replaceChildren(bars(values, { titles, marks, here }), element("p", { class: "note" }, `share of tokens that activate a latent; ${dead} of ${count()} are dead in this text; heights are roots`));
+  byId("densities").replaceChildren(bars(values, { titles, marks, here, width: 420 }), element("p", { class: "note" }, `share of tokens that activate a latent; ${dead} of ${count()} are dead in this text; heights are roots`));
 }
