@@ -65,6 +65,7 @@ bench: setup
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/sae_step.py
 	$(BIN)/python benchmarks/sae_scaling.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/stream.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stream_apart.py
 	$(BIN)/python benchmarks/dashboard.py
 	$(BIN)/python benchmarks/scaling_fit.py
 

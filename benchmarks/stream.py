@@ -151,14 +151,19 @@ def run_config(directory: Path, model: ModelConfig, hook: str) -> RunConfig:
     )
 
 
-def build_task(config: RunConfig, context: ParallelContext) -> SAETask:
-    """The task of `config` on a language model with random weights."""
+def build_source(config: RunConfig, context: ParallelContext) -> Any:
+    """A language model with random weights, counted."""
     assert config.sae is not None
-    assert config.stream is not None
-    assert config.data is not None
     chunks = build_chunks(config.model, transformer_config(config.model, context), context)
     initialize_parameters(chunks, context, seed=0)
-    source: Any = CountedSource(GPTSource(chunks, config.sae.hooks, context, seq_len=config.model.seq_len))
+    return CountedSource(GPTSource(chunks, config.sae.hooks, context, seq_len=config.model.seq_len))
+
+
+def build_task(config: RunConfig, context: ParallelContext) -> SAETask:
+    """The task of `config` on a language model with random weights."""
+    assert config.stream is not None
+    assert config.data is not None
+    source = build_source(config, context)
     dataset = SampleStream(config.data, seq_len=config.model.seq_len, seed=config.seed)
     return SAETask(config, context, ActivationStream(config.stream, source, dataset, context, config.seed))
 
