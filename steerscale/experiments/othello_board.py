@@ -5,6 +5,7 @@ Shapes: G games, T = 60 moves, V vectors, M d_model, 64 squares. The activation 
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -208,12 +209,16 @@ def measure_probes(
             split: collect(lm, games[split], per_game=config.per_game, seed=seed + number)
             for number, split in enumerate(("train", "test"))
         }
-    for name, kind, hook in bench.track(steps):
+
+    def measure(name: str, kind: str, hook: str) -> Results:
         probes = fit_squares(examples[name]["train"], kind, hook, config.fit)
-        results[name][kind][hook] = score_squares(probes, examples[name]["test"], kind)
         if name == next(iter(models)):
             for square, probe in enumerate(probes):
                 write_probe(probe, probe_directory(bench.directory, kind, square))
+        return score_squares(probes, examples[name]["test"], kind)
+
+    for name, kind, hook in bench.track(steps):
+        results[name][kind][hook] = bench.part(f"{name}.{kind}.{hook}", partial(measure, name, kind, hook))
     first = examples[next(iter(models))]
     results["majority"] = {kind: majority(first["train"], first["test"], kind) for kind in LABELS}
     results["vectors"] = {split: len(first[split].y["mine"]) for split in first}

@@ -223,8 +223,11 @@ def measure_interventions(
         chosen = {hook: probes[kind][hook] for hook in hooks[first:]}
         return run_cases(lm, some, chosen, margin=margin, wrap=wrap)
 
+    def tried(kind: str, first: int, margin: float) -> float:
+        return float(errors(edited(choosing, kind, first, margin), choosing).mean())
+
     scan = {
-        (kind, *point): float(errors(edited(choosing, kind, *point), choosing).mean())
+        (kind, *point): bench.part(f"{kind}.{point[0]}.{point[1]:g}", partial(tried, kind, *point))
         for kind, *point in bench.track([(kind, *point) for kind in probes for point in grid])
     }
     best = {kind: min(grid, key=lambda point, kind=kind: scan[kind, *point]) for kind in probes}

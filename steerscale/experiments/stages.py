@@ -1,6 +1,6 @@
 """What an experiment is: a configuration, named stages in a directory, and a report of what they found. Torch-free.
 
-runs/NAME/STAGE/            what a stage made
+runs/NAME/STAGE/            what a stage made; in parts/ what it had found out when it was interrupted
 runs/NAME/STAGE/stage.json  written last: its settings, seconds and results; a stage that has one is not run again
 runs/NAME/results.json      settings, results and seconds of all stages, and the environment
 """
@@ -58,6 +58,20 @@ class Bench:
     once, an interrupted one goes on from its last checkpoint."""
     progress: Callable[[int, int], None]
     """(done, total): tell how far the stage is."""
+    settings: Results = field(default_factory=dict)
+    """What the stage depends on, see `Stage.settings`."""
+
+    def part(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns (JSON values), from an earlier start of the stage with the same settings if it got that far."""
+        path = self.directory / "parts" / f"{name}.json"
+        settings = json.loads(json.dumps(self.settings))
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["settings"] == settings:
+                return found["value"]
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, json.dumps({"settings": settings, "value": make()}) + "\n")
+        return json.loads(path.read_text(encoding="utf-8"))["value"]
 
     def track(self, items: Sequence[Any]) -> Iterator[Any]:
         """The items, with progress after each."""
@@ -139,10 +153,12 @@ def run_experiment(
         say(title)
         directory = root / stage.name
         directory.mkdir(parents=True, exist_ok=True)
-        start = time.monotonic()
-        results = stage.run(config, Bench(root=root, directory=directory, train=train, progress=Progress(say=say)))
+        start, settings = time.monotonic(), _settings(experiment, stage, values)
+        progress = Progress(say=say)
+        bench = Bench(root=root, directory=directory, train=train, progress=progress, settings=settings)
+        results = stage.run(config, bench)
         made = {
-            "settings": _settings(experiment, stage, values),
+            "settings": settings,
             "seconds": round(time.monotonic() - start, 2),
             "results": results,
         }

@@ -33,9 +33,10 @@ from steerscale.experiments.superposition_toy import (
     toy_losses,
     train_toys,
 )
-from steerscale.parallel.context import initialize
+from steerscale.parallel.context import ParallelContext, initialize
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.sae.architectures import ARCHITECTURES
+from steerscale.sae.base import SparseAutoencoder
 
 TOYS = "toys.safetensors"
 
@@ -134,51 +135,53 @@ def toy_of(root: Path, config: SuperpositionConfig, *, seed: int, active: float)
 
 def recover(config: SuperpositionConfig, bench: Bench) -> Results:
     """Which dictionaries hold the true features: SAEs of all architectures, over sparsity, and what there is beside them."""
+    work = [(active, seed) for active in config.dictionary.active for seed in range(config.seeds)]
+    found: dict[str, list[Results]] = {}
+    with initialize(ParallelLayout(micro_batch_size=config.dictionary.batch_size)) as context:
+        for active, seed in bench.track(work):
+            make = partial(recover_one, config, bench.root, context, active=active, seed=seed)
+            found.setdefault(str(active), []).append(bench.part(f"{active:g}.{seed}", make))
+    return {active: over_seeds(of_seeds) for active, of_seeds in found.items()}
+
+
+def recover_one(
+    config: SuperpositionConfig, root: Path, context: ParallelContext, *, active: float, seed: int
+) -> dict[str, dict[str, float]]:
+    """Scores of every dictionary for one toy."""
     settings = config.dictionary
-    work = [
-        (active, seed, [*ARCHITECTURES] if active == settings.main else [config.steering.architecture])
-        for active in settings.active
-        for seed in range(config.seeds)
-    ]
-    found: dict[tuple[float, str], list[dict[str, float]]] = {}
-    with initialize(ParallelLayout(micro_batch_size=settings.batch_size)) as context:
-        for active, seed, architectures in bench.track(work):
-            toy = toy_of(bench.root, config, seed=seed, active=active)
-            generator = torch.Generator().manual_seed(config.seed + 100 + seed)
-            draw = partial(draw_hidden, toy, active, generator)
-            features_nm = toy.W_Kmn[0].T[lengths(toy)[0] > REPRESENTED]
-            x_Bn = draw_features((1, settings.vectors, settings.features), torch.tensor([active]), generator)
-            h_Bm, on_Bn = toy.hidden(x_Bn)[0], x_Bn[0] > 0
-            as_many = (settings.hidden * settings.expansion, settings.hidden)
-            candidates = {
-                "random directions": (torch.randn(as_many, generator=generator), True),
-                "PCA": (principal_directions(h_Bm), False),
-                "difference of means *": (mean_differences(h_Bm, on_Bn), True),
-                "logistic probes *": (probe_directions(h_Bm, on_Bn), True),
-            }
-            for name, (directions_Km, signed) in candidates.items():
-                found.setdefault((active, name), []).append(match(directions_Km, features_nm, signed=signed))
-            for architecture in architectures:
-                k = max(1, round(active * settings.features))
-                sae = train_sae(
-                    architecture, draw, context, hidden=settings.hidden, k=k, config=settings, seed=config.seed + seed
-                )
-                values_BK = latents(sae, h_Bm)
-                alive_K = (values_BK > 0).any(0)
-                scores = match(sae.W_dec.detach()[alive_K], features_nm)
-                scores |= {
-                    "l0": float((values_BK > 0).sum(1).double().mean()),
-                    "alive": float(alive_K.double().mean()),
-                    "variance_explained": variance_explained(sae, h_Bm),
-                }
-                found.setdefault((active, f"SAE {architecture}"), []).append(scores)
-    return {
-        str(active): {
-            name: {key: mean_and_error([scores[key] for scores in rows]) for key in rows[0]}
-            for (at, name), rows in found.items()
-            if at == active
+    toy = toy_of(root, config, seed=seed, active=active)
+    generator = torch.Generator().manual_seed(config.seed + 100 + seed)
+    features_nm = toy.W_Kmn[0].T[lengths(toy)[0] > REPRESENTED]
+    x_Bn = draw_features((1, settings.vectors, settings.features), torch.tensor([active]), generator)
+    h_Bm, on_Bn = toy.hidden(x_Bn)[0], x_Bn[0] > 0
+    as_many = torch.randn(settings.hidden * settings.expansion, settings.hidden, generator=generator)
+    scores = {
+        "random directions": match(as_many, features_nm),
+        "PCA": match(principal_directions(h_Bm), features_nm, signed=False),
+        "difference of means *": match(mean_differences(h_Bm, on_Bn), features_nm),
+        "logistic probes *": match(probe_directions(h_Bm, on_Bn), features_nm),
+    }
+    draw, k = partial(draw_hidden, toy, active, generator), max(1, round(active * settings.features))
+    for architecture in ARCHITECTURES if active == settings.main else [config.steering.architecture]:
+        sae = train_sae(
+            architecture, draw, context, hidden=settings.hidden, k=k, config=settings, seed=config.seed + seed
+        )
+        active_BK = latents(sae, h_Bm) > 0
+        alive_K = active_BK.any(0)
+        scores[f"SAE {architecture}"] = {
+            **match(sae.W_dec.detach()[alive_K], features_nm),
+            "l0": float(active_BK.sum(1).double().mean()),
+            "alive": float(alive_K.double().mean()),
+            "variance_explained": variance_explained(sae, h_Bm),
         }
-        for active in settings.active
+    return scores
+
+
+def over_seeds(of_seeds: list[Results]) -> Results:
+    """Means and standard errors of every number."""
+    return {
+        name: {key: mean_and_error([scores[name][key] for scores in of_seeds]) for key in rows}
+        for name, rows in of_seeds[0].items()
     }
 
 
@@ -193,34 +196,38 @@ def draw_hidden(
 
 def steer(config: SuperpositionConfig, bench: Bench) -> Results:
     """Directions from data with correlated features, in and out of that distribution."""
-    rows: dict[str, list[Results]] = {}
+    with initialize(ParallelLayout(micro_batch_size=config.dictionary.batch_size)) as context:
+        found = [
+            bench.part(str(seed), partial(steer_one, config, bench.root, context, seed=seed))
+            for seed in bench.track(range(config.seeds))
+        ]
+    return {correlation: over_seeds([of_seed[correlation] for of_seed in found]) for correlation in found[0]}
+
+
+def steer_one(config: SuperpositionConfig, root: Path, context: ParallelContext, *, seed: int) -> Results:
+    """What every method is worth on one toy, by correlation."""
     settings, main = config.dictionary, config.dictionary.main
-    work = [(seed, correlation) for seed in range(config.seeds) for correlation in config.steering.correlations]
-    k = max(1, round(main * settings.features))
-    with initialize(ParallelLayout(micro_batch_size=settings.batch_size)) as context:
-        broad = {}
-        for seed, correlation in bench.track(work):
-            toy = toy_of(bench.root, config, seed=seed, active=main)
-            generator = torch.Generator().manual_seed(config.seed + 200 + seed)
-            train = partial(
-                train_sae, config.steering.architecture, context=context, hidden=settings.hidden, k=k, config=settings
-            )
-            if seed not in broad:
-                broad[seed] = train(partial(draw_hidden, toy, main, generator), seed=config.seed + seed)
-            same = train(
-                partial(draw_hidden, toy, main, generator, correlation=correlation), seed=config.seed + 50 + seed
-            )
-            saes = {"SAE latent, same data": same, "SAE latent, broad data": broad[seed]}
-            rows.setdefault(str(correlation), []).append(
-                measure_steering(toy, saes, config, correlation=correlation, generator=generator)
-            )
-    return {
-        correlation: {
-            method: {key: mean_and_error([row[method][key] for row in of_seeds]) for key in of_seeds[0][method]}
-            for method in of_seeds[0]
+    toy = toy_of(root, config, seed=seed, active=main)
+    generator = torch.Generator().manual_seed(config.seed + 200 + seed)
+
+    def trained(number: int, correlation: float) -> SparseAutoencoder:
+        draw = partial(draw_hidden, toy, main, generator, correlation=correlation)
+        x_Bn = draw_features(shape, active, generator, correlation=correlation)[0]
+        k = max(1, round(float((x_Bn > 0).sum(1).double().mean())))
+        return train_sae(
+            config.steering.architecture, draw, context, hidden=settings.hidden, k=k, config=settings, seed=number
+        )
+
+    shape, active = (1, settings.vectors, settings.features), torch.tensor([main])
+    broad = trained(config.seed + seed, 0.0)
+    found = {}
+    for correlation in config.steering.correlations:
+        saes = {
+            "SAE latent, same data": trained(config.seed + 50 + seed, correlation),
+            "SAE latent, broad data": broad,
         }
-        for correlation, of_seeds in rows.items()
-    }
+        found[str(correlation)] = measure_steering(toy, saes, config, correlation=correlation, generator=generator)
+    return found
 
 
 EXPERIMENT = Experiment(

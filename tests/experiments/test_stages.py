@@ -98,6 +98,27 @@ def test_other_settings_are_refused_also_of_later_stages(adder: Adder) -> None:
     assert adder.ran == ["one", "two"]
 
 
+def test_parts_of_an_interrupted_stage_are_kept_for_the_same_settings(tmp_path: Path) -> None:
+    def bench(**settings: int) -> Bench:
+        return Bench(
+            root=tmp_path, directory=tmp_path, train=lambda run: None, progress=lambda *_: None, settings=settings
+        )
+
+    made: list[int] = []
+
+    def make() -> list[float]:
+        made.append(1)
+        return [0.1, len(made)]
+
+    assert bench(a=1).part("first", make) == [0.1, 1]
+    assert bench(a=1).part("first", make) == [0.1, 1]
+    assert bench(a=1).part("second", make) == [0.1, 2]
+    assert bench(a=2).part("first", make) == [0.1, 3]
+    with pytest.raises(ZeroDivisionError):
+        bench(a=2).part("third", lambda: 1 / 0)
+    assert bench(a=2).part("third", make) == [0.1, 4]
+
+
 def test_progress_tells_the_time_left_now_and_then() -> None:
     said: list[str] = []
     progress = Progress(say=said.append, interval=0.0, start=-1e9)
