@@ -19,7 +19,7 @@ import torch
 from steerscale.errors import LaunchError
 from steerscale.parallel.context import ParallelContext
 
-ENVIRONMENT = ("PYTORCH_NVML_BASED_CUDA_CHECK", "LOCAL_RANK")
+ENVIRONMENT = ("PYTORCH_NVML_BASED_CUDA_CHECK", "DS_ACCELERATOR", "LOCAL_RANK")
 """What DeepSpeed sets or needs; put back when the engine is closed."""
 
 
@@ -32,7 +32,8 @@ def deepspeed_library(context: ParallelContext) -> Iterator[Any]:
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     try:
         library = _import(context.device)
-        os.environ.setdefault("LOCAL_RANK", "0")  # read without a default; a process alone has none
+        # What DeepSpeed takes for the number of the rank's device, whichever of them are visible to it.
+        os.environ["LOCAL_RANK"] = str(context.device.index or 0)
         with quiet():
             library.comm.init_distributed(dist_init_required=False)
         yield library
@@ -64,12 +65,13 @@ def quiet() -> Iterator[None]:
 def _import(device: torch.device) -> Any:
     try:
         with quiet():
-            accelerator = importlib.import_module("deepspeed.accelerator")
             if device.type == "cpu":
-                # By itself it would look for one, and warn that it found none.
-                cpu = importlib.import_module("deepspeed.accelerator.cpu_accelerator")
-                accelerator.set_accelerator(cpu.CPU_Accelerator())
+                os.environ["DS_ACCELERATOR"] = "cpu"  # by itself it would look for one, and warn that it found none
             library = importlib.import_module("deepspeed")
+            # Its own handler writes to what was standard output when it was imported: ours write to the rank's log.
+            log = logging.getLogger("DeepSpeed")
+            log.handlers.clear()
+            log.propagate = True
             _import_muon()
             # Shared-memory collectives serve inference only, and would be compiled on the spot.
             importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False

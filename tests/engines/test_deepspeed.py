@@ -134,7 +134,12 @@ def look_around(config: RunConfig) -> dict[str, Any]:
     from deepspeed.utils import groups
 
     return {
-        "environment": {key for key in {*environment, *os.environ} if environment.get(key) != os.environ.get(key)},
+        # Megatron-Core says in NVTE_... which attention it wants.
+        "environment": {
+            key
+            for key in {*environment, *os.environ}
+            if environment.get(key) != os.environ.get(key) and not key.startswith("NVTE_")
+        },
         "handlers": logging.getLogger().handlers == handlers,
         "groups": [comm.cdb, groups.mpu, groups._WORLD_GROUP],
         "compile": torch.compile.__module__,
