@@ -1,11 +1,12 @@
 """Part-of-speech probes on every layer of SmolLM2-135M, and scikit-learn's logistic regression on the same activations.
 
-    python benchmarks/probes.py --corpus ../shared/data/corpora/brown_tagged.txt.xz [-o DIR]
+    python benchmarks/probes.py --corpus ../shared/data/corpora/brown_tagged.txt.xz --cache CACHE -o DIR
 
 Ours at the embedding and after every block, with a control task beside each; scikit-learn (StandardScaler and
 LogisticRegression, lbfgs, C = 1 / l2, at most 1000 iterations) on every fifth, right after ours: held-out accuracy of both, the
 value of the common objective in training, CPU and wall seconds for fitting alone, and the ratio of CPU seconds (scikit-learn's
-over ours): one thread each, so that what else runs on the machine disturbs little. The last line is one JSON object.
+over ours): one thread each, so that what else runs on the machine disturbs little. The same command again goes on where an
+interrupted one ended. The last line is one JSON object.
 """
 
 import sys
@@ -21,11 +22,11 @@ import os
 import time
 import warnings
 from dataclasses import replace
-from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy is there
 
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -36,7 +37,7 @@ from steerscale.interp.probe_fit import FitConfig, fit_probe, standardise
 from steerscale.interp.probe_labels import read_examples
 from steerscale.interp.probe_plot import plot_probes
 from steerscale.interp.probe_run import ProbeConfig, ProbeTask, expand_hooks, make_task
-from steerscale.interp.probes import Probe, score, write_probe
+from steerscale.interp.probes import Probe, read_probe, score, write_probe
 from steerscale.language_model import load_language_model
 from steerscale.parallel.context import initialize
 from steerscale.parallel.layout import ParallelLayout
@@ -51,24 +52,50 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=10_000)
     parser.add_argument("--l2", type=float, default=FitConfig().l2)
     parser.add_argument("--every", type=int, default=5, help="scikit-learn on every so many hook points")
-    parser.add_argument("-o", "--output", type=Path, help="write probes, figures and a picture there")
+    parser.add_argument("--cache", type=Path, required=True, help="directory for activations, 1.8 GB")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="directory for probes, figures and a picture")
     args = parser.parse_args()
     torch.set_num_threads(1)
     config = ProbeConfig(train=args.train, test=args.test, fit=FitConfig(l2=args.l2))
-    begin = time.perf_counter()
     with initialize(ParallelLayout()) as context:
         lm = load_language_model(args.model or smollm2_directory(), context, precision="bf16")
         task = make_task(lm, read_examples("pos", path=args.corpus), config)
         hooks = expand_hooks(["all"], lm)
-        activations = collect(lm, [*task.train.encoded, *task.test.encoded], hooks, on_progress=_say)
-    print(f"{task.about()}, activations in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
-    probes, rows = [], []
+        if not all(_cached(args.cache, hook).is_file() for hook in hooks):
+            _fill(args.cache, collect(lm, [*task.train.encoded, *task.test.encoded], hooks, on_progress=_say))
+    print(task.about(), file=sys.stderr, flush=True)
+    probes = []
+    _warm_up()
     for index, hook in enumerate(hooks):
-        probe, row = measure(activations.pop(hook), task, hook, config, with_peer=index % args.every == 0)
-        probes.append(probe)
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    _report(args, task, probes, rows)
+        if (args.output / f"{hook}.logistic.json").is_file():
+            probes.append(read_probe(args.output, hook=hook))
+            continue
+        x_VM = load_file(_cached(args.cache, hook))["x_VM"].float()
+        probes.append(measure(x_VM, task, hook, config, with_peer=index % args.every == 0))
+        write_probe(probes[-1], args.output)
+        print(hook, json.dumps(probes[-1].about), file=sys.stderr, flush=True)
+    _report(args, task, probes)
+
+
+def _warm_up() -> None:
+    # What torch and scikit-learn import or start when first used is neither's fit.
+    x_VM, y_V = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 2
+    fit_probe(x_VM, y_V, ("a", "b"), hook="-", kind="logistic")
+    make_pipeline(StandardScaler(), LogisticRegression()).fit(x_VM.numpy(), y_V.numpy())
+
+
+def _cached(directory: Path, hook: str) -> Path:
+    return directory / f"{hook}.safetensors"
+
+
+def _fill(directory: Path, activations: dict[str, torch.Tensor]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for hook, x_VM in activations.items():
+        # Of a model in bfloat16, read at single tokens: nothing is lost.
+        assert torch.equal(x_VM.bfloat16().float(), x_VM)
+        part = _cached(directory, hook).with_suffix(".part")
+        save_file({"x_VM": x_VM.bfloat16()}, part)
+        part.rename(_cached(directory, hook))
 
 
 def _say(done: int, total: int) -> None:
@@ -76,10 +103,8 @@ def _say(done: int, total: int) -> None:
         print(f"{done:,} of {total:,} tokens", file=sys.stderr, flush=True)
 
 
-def measure(
-    x_VM: torch.Tensor, task: ProbeTask, hook: str, config: ProbeConfig, *, with_peer: bool
-) -> tuple[Probe, dict[str, Any]]:
-    """Our probe and its control task, and the peer on the same vectors."""
+def measure(x_VM: torch.Tensor, task: ProbeTask, hook: str, config: ProbeConfig, *, with_peer: bool) -> Probe:
+    """Our probe and its control task, and the peer on the same vectors; all figures are in `about`."""
     x_train, x_test = x_VM.split([len(task.train.y_V), len(task.test.y_V)])
     keep_train, keep_test = task.train.y_V >= 0, task.test.y_V >= 0
     x_train, y_train, x_test, y_test = (
@@ -97,15 +122,10 @@ def measure(
     )
     control = float((own.logits(x_test).argmax(dim=1) == task.test.control_V[keep_test]).double().mean())
     about |= {"control_accuracy": control, "selectivity": about["accuracy"] - control}
-    row: dict[str, Any] = {
-        "hook": hook,
-        **about,
-        **spent,
-        "objective": objective(probe, x_train, y_train, config),
-    }
+    about |= {**spent, "objective": objective(probe, x_train, y_train, config)}
     if with_peer:
-        row["sklearn"] = peer(x_train, y_train, x_test, y_test, probe, config)
-    return replace(probe, about={key: value for key, value in row.items() if key not in ("hook", "sklearn")}), row
+        about["sklearn"] = peer(x_train, y_train, x_test, y_test, probe, config)
+    return replace(probe, about=about)
 
 
 def peer(
@@ -142,7 +162,8 @@ def objective(probe: Probe, x_VM: torch.Tensor, y_V: torch.Tensor, config: Probe
     return float(loss + config.fit.l2 / (2 * len(y_V)) * weight_CM.square().sum())
 
 
-def _report(args: argparse.Namespace, task: ProbeTask, probes: list[Probe], rows: list[dict[str, Any]]) -> None:
+def _report(args: argparse.Namespace, task: ProbeTask, probes: list[Probe]) -> None:
+    rows = [{"hook": probe.hook, **probe.about} for probe in probes]
     both = [row for row in rows if "sklearn" in row]
     print(
         f"{'hook':<26}{'ours':>8}{'sklearn':>9}{'control':>9}{'selectivity':>13}{'CPU s':>9}{'sklearn':>9}{'iterations':>12}"
@@ -164,12 +185,8 @@ def _report(args: argparse.Namespace, task: ProbeTask, probes: list[Probe], rows
         "rows": rows,
         "ratio": sum(row["sklearn"]["cpu_s"] for row in both) / sum(row["cpu_s"] for row in both),
     }
-    if args.output is not None:
-        for probe in probes:
-            write_probe(probe, args.output)
-        plot_probes(
-            args.output / "probes.png", probes, title="part of speech (Brown, 12 classes), SmolLM2-135M-Instruct"
-        )
+    title = "part of speech (Brown, 12 classes), SmolLM2-135M-Instruct"
+    plot_probes(args.output / "probes.png", probes, title=title)
     print(json.dumps(result))
 
 

@@ -36,7 +36,7 @@ class FitConfig:
     """Of mass_mean's covariance towards its diagonal."""
     iterations: int = 200
     """At most, of logistic."""
-    tolerance: float = 1e-4
+    tolerance: float = 5e-4
     """Logistic ends when no entry of the preconditioned gradient of the mean loss is larger."""
     hidden: int = 256
     """Width of mlp."""

@@ -34,7 +34,7 @@ def objective(probe: Probe, x_VM: torch.Tensor, y_V: torch.Tensor, l2: float) ->
 @pytest.mark.parametrize("l2", [0.1, 30.0])
 def test_logistic_reaches_the_minimum_of_its_objective(l2: float) -> None:
     x_VM, y_V = draw()
-    probe = fit_probe(x_VM, y_V, CLASSES, hook=HOOK, kind="logistic", config=FitConfig(l2=l2))
+    probe = fit_probe(x_VM, y_V, CLASSES, hook=HOOK, kind="logistic", config=FitConfig(l2=l2, tolerance=1e-5))
     weight_CM, bias_C = probe.weight_CM.double().requires_grad_(), probe.bias_C.double().requires_grad_()
     deviation_M = standardise(x_VM).deviation_M.double()
     reference = torch.optim.LBFGS(
@@ -61,7 +61,7 @@ def test_scikit_learn_finds_the_same_probe() -> None:
     x_VM, y_V = draw()
     z_VM = standardise(x_VM).z_VM
     peer = linear_model.LogisticRegression(C=1 / 5.0, max_iter=2000, tol=1e-6).fit(z_VM.numpy(), y_V.numpy())
-    probe = fit_probe(x_VM, y_V, CLASSES, hook=HOOK, kind="logistic", config=FitConfig(l2=5.0))
+    probe = fit_probe(x_VM, y_V, CLASSES, hook=HOOK, kind="logistic", config=FitConfig(l2=5.0, tolerance=1e-5))
     shares_VC = torch.from_numpy(peer.predict_proba(z_VM.numpy())).float()
     torch.testing.assert_close(probe.logits(x_VM).softmax(dim=1), shares_VC, rtol=0, atol=5e-3)
 
