@@ -28,6 +28,8 @@ MOST_BYTES = 2 * 2**20
 """Of a request's body."""
 BODY_SECONDS = 30.0
 """In which a body must have come."""
+MOST_TOKENS = 2**16
+"""Prompts and new tokens of a request together, whose keys and values are in memory at once; one text may fill the context."""
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 256
 """New tokens where the client does not say how many."""
 
@@ -104,7 +106,7 @@ class _Service:
         job = Job(
             prompts=[prompt for prompt in prompts for _ in range(asked.n)],
             sampling=asked.sampling,
-            max_tokens=self._max_tokens(asked, longest=max(map(len, prompts))),
+            max_tokens=self._max_tokens(asked, len(prompts) * asked.n, longest=max(map(len, prompts))),
             stop=(*asked.stop, *stop),
             functions=partial(self._catalogue.functions, recipe, strength),
             logprobs=asked.logprobs,
@@ -138,7 +140,7 @@ class _Service:
                 raise RequestError(f"prompt has token ids outside of the model's 0 to {known - 1}", param="prompt")
         return [self._lm.encode(one) if isinstance(one, str) else list(one) for one in asked.prompts], ()
 
-    def _max_tokens(self, asked: Asked, *, longest: int) -> int:
+    def _max_tokens(self, asked: Asked, rows: int, *, longest: int) -> int:
         room = self._lm.seq_len - longest
         wanted = asked.max_tokens
         if wanted is None:
@@ -148,6 +150,11 @@ class _Service:
                 f"the model's context is {self._lm.seq_len} tokens: the prompt has {longest}, {wanted} were asked for",
                 param="messages" if asked.is_chat else "prompt",
                 code="context_length_exceeded",
+            )
+        if rows > 1 and rows * (longest + wanted) > MOST_TOKENS:
+            raise RequestError(
+                f"at most {MOST_TOKENS} tokens a request: {rows} texts of up to {longest + wanted} were asked for",
+                param="max_tokens",
             )
         return wanted
 
@@ -168,7 +175,7 @@ class EventStream(Response):
 
         async def write(value: dict[str, Any] | None) -> None:
             if value is not None:
-                body = f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+                body = f"data: {json.dumps(value)}\n\n".encode()
                 await send({"type": "http.response.body", "body": body, "more_body": True})
 
         with contextlib.suppress(ClientDisconnect):

@@ -16,6 +16,8 @@ class Fields:
         try:
             # NaN and Infinity are no JSON, though Python reads them.
             values = json.loads(body, parse_constant=_refuse)
+            # JSON can write halves of characters, which no text consists of.
+            json.dumps(values, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the body must be a JSON object: {error}", code="invalid_json") from error
         if not isinstance(values, dict):

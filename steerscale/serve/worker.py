@@ -116,12 +116,7 @@ class ModelThread:
         self._stopping.set()
         if (current := self._current) is not None:
             current.cancelled.set()
-        while True:
-            try:
-                self._queue.put_nowait(None)
-                break
-            except queue.Full:
-                self._turn_away(self._queue.get_nowait())
+        self._queue.put(None)  # what stands before it is turned away
         self._thread.join()
 
     def _run(self) -> None:

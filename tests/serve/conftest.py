@@ -26,7 +26,7 @@ from steerscale.tokenizers.registry import load_tokenizer
 from tests.interp.saes import random_sae
 from tests.models.gpts import LLAMA, build_random
 
-MODEL = replace(LLAMA, seq_len=192, vocab_size=1000, init_std=0.4)
+MODEL = replace(LLAMA, seq_len=1536, vocab_size=1000, init_std=0.4)
 
 
 @pytest.fixture(scope="session")
