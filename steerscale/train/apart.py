@@ -3,7 +3,6 @@
 Each kind is a world with its own layout and process groups; between them there is a link (`docs/streaming.md`).
 """
 
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -20,8 +19,6 @@ from steerscale.parallel.link import Link
 from steerscale.parallel.worlds import World, join_world
 from steerscale.train.config import RunConfig
 from steerscale.train.signals import StopRequest
-
-logger = logging.getLogger(__name__)
 
 
 def run_apart(
@@ -63,5 +60,4 @@ def _produce(config: RunConfig, link: Link, context: ParallelContext, world: Wor
     source = build_source(stream, config.sae.all_hooks, context)
     dtype, store = buffer_dtype(stream, source), world.everyone
     producer = Producer(source, link, placement, context, store=store, dtype=dtype)
-    logger.info("%s, the language model of the run: %s", placement.producers, source.identity)
     producer.serve(lambda: stop.name)
