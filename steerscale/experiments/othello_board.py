@@ -195,14 +195,17 @@ def measure_probes(
     seed: int,
     bench: Bench,
 ) -> Results:
-    """Fit and score probes of every model, hook point and kind of label; those of the first model are written.
+    """Fit and score probes of every model and hook point; those of the first model are written.
+
+    The first model is asked for both kinds of label, controls for "mine" alone: knowing nothing, they know neither better.
 
     Args:
         games: "train" and "test".
     """
-    work = [(name, kind) for name in models for kind in LABELS]
+    first, *controls = models
+    work = [*((first, kind) for kind in LABELS), *((name, "mine") for name in controls)]
     steps = [(name, kind, hook) for name, kind in work for hook in hooks_of(models[name])]
-    results: Results = {name: {kind: {} for kind in LABELS} for name in models}
+    results: Results = {name: {} for name in models}
     examples: dict[str, dict[str, Examples]] = {}
     for name, lm in models.items():
         examples[name] = {
@@ -212,16 +215,17 @@ def measure_probes(
 
     def measure(name: str, kind: str, hook: str) -> Results:
         probes = fit_squares(examples[name]["train"], kind, hook, config.fit)
-        if name == next(iter(models)):
+        if name == first:
             for square, probe in enumerate(probes):
                 write_probe(probe, probe_directory(bench.directory, kind, square))
         return score_squares(probes, examples[name]["test"], kind)
 
     for name, kind, hook in bench.track(steps):
-        results[name][kind][hook] = bench.part(f"{name}.{kind}.{hook}", partial(measure, name, kind, hook))
-    first = examples[next(iter(models))]
-    results["majority"] = {kind: majority(first["train"], first["test"], kind) for kind in LABELS}
-    results["vectors"] = {split: len(first[split].y["mine"]) for split in first}
+        of_kind = results[name].setdefault(kind, {})
+        of_kind[hook] = bench.part(f"{name}.{kind}.{hook}", partial(measure, name, kind, hook))
+    seen = examples[first]
+    results["majority"] = {kind: majority(seen["train"], seen["test"], kind) for kind in LABELS}
+    results["vectors"] = {split: len(seen[split].y["mine"]) for split in seen}
     return results
 
 

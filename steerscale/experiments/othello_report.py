@@ -85,7 +85,6 @@ def _plot_probes(axes: "Axes", found: Results) -> None:
         ("mine/theirs", found["trained"]["mine"], "o-"),
         ("black/white", found["trained"]["colour"], "s-"),
         ("mine/theirs, untrained", found["untrained"]["mine"], "x--"),
-        ("black/white, untrained", found["untrained"]["colour"], "+--"),
     ]
     for label, values, style in curves:
         axes.errorbar(
