@@ -61,6 +61,7 @@ bench: setup
 	$(BIN)/python benchmarks/tokenize.py
 	$(BIN)/python benchmarks/morph_bpe.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/gpt_overhead.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/gpt_cpu.py
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/planner_accuracy.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/sae_step.py

@@ -42,6 +42,7 @@ from steerscale.checkpoint.config import CheckpointConfig
 from steerscale.data.config import DataConfig
 from steerscale.data.indexed import IndexedWriter
 from steerscale.data.manifest import DatasetManifest, SplitInfo, TokenizerInfo
+from steerscale.engines.config import EngineConfig
 from steerscale.optim import OptimConfig
 from steerscale.parallel.layout import ParallelConfig
 from steerscale.train.config import MetricsConfig, RunConfig, TrainConfig
@@ -236,6 +237,8 @@ def _config(size: Size, directory: Path, *, steps: int) -> RunConfig:
         train=TrainConfig(steps=steps, eval_interval=0, init_from=str(directory / "weights")),
         optim=OptimConfig(lr=LR, min_lr=0.0, schedule="constant"),
         parallel=ParallelConfig(micro_batch_size=size.micro_batch_size, gradient_accumulation_steps=size.micro_batches),
+        # With one replica there is nothing to shard, and gathering it would be a copy of all parameters a step.
+        engine=EngineConfig(distributed_optimizer=False),
         checkpoint=CheckpointConfig(at_end=False),
         metrics=MetricsConfig(interval=1, tensorboard=False),
         seed=SEED,
