@@ -2,10 +2,10 @@
 
     python benchmarks/steering_smollm2.py runs/smollm2_sae --brown brown_tagged.txt.xz --parallel parallel_en_de_cs.tsv.xz -o o
 
-For each concept: the latents with the highest AUC on one half of a text; of the first six the one that moves the concept's
-next-token probability most on a few prompts, with its AUC on the other half; a recipe; a sweep that amplifies it and one that
-suppresses it, each beside prompting, activation addition, difference of means and a probe. What is written (recipes,
-sweep_*.json, latents.json) is not measured again: begin anew in another DIR. Results: docs/steering_smollm2.md.
+For each concept: the latent with the highest AUC on one half of a text, and its AUC on the other half; a recipe; a sweep that
+amplifies it and one that suppresses it, each beside prompting, difference of means and (amplified) activation addition and a
+probe. What is written (recipes, sweep_*.json, latents.json) is not measured again: begin anew in another DIR. Results:
+docs/steering_smollm2.md.
 """
 
 import sys
@@ -19,21 +19,19 @@ import argparse
 import json
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 
 from steerscale.config import dump_yaml
-from steerscale.generation import next_logits
 from steerscale.interp import sweep_baselines as baselines
 from steerscale.interp.find import Activity, activity, compile_pattern, label_figures, pattern_examples
 from steerscale.interp.probe_activations import encode_examples
 from steerscale.interp.probe_labels import Example, read_examples, split_examples
 from steerscale.interp.recipes import EditRecipe, Recipe, SAERecipe, load_recipe
 from steerscale.interp.sources import SAESource, open_sae
-from steerscale.interp.steering import Edit, Steering
 from steerscale.interp.steering_plot import plot_sweep
 from steerscale.interp.sweep import FIGURES, Method, Sweep, concept_tokens, run_sweep
 from steerscale.language_model import LanguageModel, load_language_model
@@ -48,11 +46,9 @@ NEUTRAL = [
     "The best way to cook rice is",
     "When the doctor came into the room,",
     "The company announced this morning that",
-    "In the evening the children like to",
-    "One of the problems with this plan is",
 ]
-TARGET_TIMES = 4
-"""A recipe's target, in means of the latent where the concept is."""
+TARGET = 0.5
+"""Of a recipe. The SAE's inputs are scaled to norm 1, which its decoder's rows have too: half as long as the activation."""
 CANDIDATES = 6
 
 
@@ -73,6 +69,15 @@ class Concept:
     """Of activation addition."""
     prompts: tuple[str, ...]
     """After which it comes by itself, to suppress it."""
+    lead: str = "This is how the story goes."
+    """Before each of these: an SAE knows nothing of first positions, so steering leaves them alone."""
+    bounded: bool = True
+    """Whether matches are whole words."""
+
+    @property
+    def expression(self) -> str:
+        """To search texts for."""
+        return rf"(?<!\w)(?:{self.words})(?!\w)" if self.bounded else self.words
 
 
 CONCEPTS = (
@@ -91,6 +96,7 @@ CONCEPTS = (
     Concept(
         name="quotation",
         words='["“”]',
+        bounded=False,
         text="brown",
         instruction="Quote what people say, in quotation marks.",
         avoid="Do not quote anybody and do not use quotation marks.",
@@ -141,6 +147,7 @@ CONCEPTS = (
         words="[Dd]er|[Dd]ie|[Dd]as|[Uu]nd|[Ii]st|[Nn]icht|[Ee]ine?|[Ss]ie|[Ww]ird|[Ww]erden|mit|[Ff]ür|von|zu|den|auf|im|dem",
         text="language",
         instruction="Schreibe auf Deutsch.",
+        lead="So geht die Geschichte weiter.",
         avoid="Write in English only, not in German.",
         pair=("Das ist ein schöner Tag und wir gehen in den Wald", "This is a beautiful day and we go to the forest"),
         prompts=(
@@ -151,6 +158,7 @@ CONCEPTS = (
     Concept(
         name="questions",
         words=r"\?",
+        bounded=False,
         text="brown",
         instruction="Ask questions.",
         avoid="Do not ask any questions.",
@@ -175,7 +183,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[concept.name for concept in CONCEPTS], help="concepts")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0, 2.0])
     parser.add_argument("--tokens", type=int, default=4000, help="to read of each half of a text")
-    parser.add_argument("--max-tokens", type=int, default=24)
+    parser.add_argument("--max-tokens", type=int, default=16)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     source = open_sae(args.run, name=args.sae)
@@ -239,14 +247,14 @@ def _choose(args: argparse.Namespace, lm: LanguageModel, source: SAESource, conc
         for found, places in halves:
             has = [label == "de" if kind == "language" else words.fullmatch(word) is not None for word, label in places]
             figures.append(label_figures(found, torch.tensor(has)))
-        known[concept.name] = _screen(lm, source, concept, figures)
+        known[concept.name] = _best(figures)
         recipe = Recipe(
             description=f"{concept.name}: a latent found and checked by benchmarks/steering_smollm2.py",
             saes=[
                 SAERecipe(
                     path=str(args.run),
                     name=args.sae,
-                    edits=[EditRecipe(latent=known[concept.name]["latent"], target=known[concept.name]["target"])],
+                    edits=[EditRecipe(latent=known[concept.name]["latent"], target=TARGET)],
                 )
             ],
         )
@@ -255,35 +263,15 @@ def _choose(args: argparse.Namespace, lm: LanguageModel, source: SAESource, conc
         print(concept.name, json.dumps(known[concept.name]), flush=True)
 
 
-def _screen(
-    lm: LanguageModel, source: SAESource, concept: Concept, figures: list[dict[str, torch.Tensor]]
-) -> dict[str, Any]:
-    """Of the latents with the best AUC the one that moves the concept's probability most."""
+def _best(figures: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """The latent with the best AUC on the first half, its figures on the other, and the next five."""
     chosen, told = figures
-    tokens = torch.tensor(concept_tokens(lm, concept.words))
-    rows = []
-    for latent in chosen["auc"].argsort(descending=True).tolist()[:CANDIDATES]:
-        target = round(TARGET_TIMES * float(chosen["inside"][latent]), 3)
-        steering = Steering(
-            source.sae, [Edit(latent=latent, value=target)], hook=source.hook, spare_first=source.spare_first
-        )
-        functions, total = steering.functions(lm), 0.0
-        for prompt in NEUTRAL:
-            logits_V = next_logits(lm, lm.encode(prompt), functions)
-            assert logits_V is not None
-            total += float(logits_V.softmax(dim=-1)[tokens].sum())
-        row = {name: round(float(value[latent]), 5) for name, value in told.items()}
-        rows.append(
-            {
-                "latent": latent,
-                "target": target,
-                "chosen by auc": round(float(chosen["auc"][latent]), 5),
-                "held-out": row,
-            }
-            | {"probability": round(total / len(NEUTRAL), 5)}
-        )
-    best = max(rows, key=lambda row: row["probability"])
-    return {**best, "candidates": rows}
+    rows = [
+        {"latent": latent, "chosen by auc": round(float(chosen["auc"][latent]), 5)}
+        | {"held-out": {name: round(float(value[latent]), 5) for name, value in told.items()}}
+        for latent in chosen["auc"].argsort(descending=True).tolist()[:CANDIDATES]
+    ]
+    return {**rows[0], "next": rows[1:]}
 
 
 def _sweeps(args: argparse.Namespace, lm: LanguageModel, source: SAESource, concept: Concept) -> None:
@@ -292,14 +280,16 @@ def _sweeps(args: argparse.Namespace, lm: LanguageModel, source: SAESource, conc
     zero = Recipe(saes=[SAERecipe(path=str(args.run), name=args.sae, edits=[EditRecipe(latent=latent, scale=0.0)])])
     ask = partial(
         Sweep,
-        concept=rf"(?<!\w)(?:{concept.words})(?!\w)",
+        concept=concept.expression,
         tokens=concept_tokens(lm, concept.words),
         max_tokens=args.max_tokens,
         sampling=Sampling(temperature=0.8, top_p=0.95),
         distractors=1,
     )
     vectors = {"activation addition": baselines.pair_vector(lm, concept.pair, source.hook)}
-    vectors |= baselines.contrast_vectors(lm, _contrast(args, concept), source.hook, drop_first=source.spare_first)
+    vectors |= baselines.contrast_vectors(
+        lm, _contrast(args, concept), source.hook, drop_first=source.spare_first, tokens=2000
+    )
     norm = baselines.change_norm(lm, opened, NEUTRAL, source.hook)
     for name, sign in (("amplify", 1), ("suppress", -1)):
         path = args.output / f"sweep_{concept.name}_{name}.json"
@@ -307,15 +297,21 @@ def _sweeps(args: argparse.Namespace, lm: LanguageModel, source: SAESource, conc
             continue
         recipe = opened if sign > 0 else zero.open(model=Path())
         vector = partial(baselines.vector_method, lm, opened, hook=source.hook, norm=norm)
+        fewer = args.strengths[:2]
         kept = vectors if sign > 0 else {"difference of means": vectors["difference of means"]}
         methods = [
             baselines.recipe_method(lm, recipe, name="SAE latent"),
             Method(name="prompting", instruction=concept.instruction if sign > 0 else concept.avoid),
-            *(vector(kind, sign * vector_M) for kind, vector_M in kept.items()),
+            *(replace(vector(kind, sign * vector_M), strengths=fewer) for kind, vector_M in kept.items()),
         ]
-        prompts = NEUTRAL if sign > 0 else list(concept.prompts)
-        strengths = args.strengths if sign > 0 else [1.0, 3.0]
-        points = run_sweep(lm, ask(prompts=prompts, strengths=strengths, suppress=sign < 0), methods)
+        prompts = NEUTRAL if sign > 0 else [f"{concept.lead} {prompt}" for prompt in concept.prompts]
+        strengths = args.strengths if sign > 0 else [1.0]
+        points = run_sweep(
+            lm,
+            ask(prompts=prompts, strengths=strengths, suppress=sign < 0),
+            methods,
+            on_point=lambda point: print(json.dumps(point.values(), ensure_ascii=False), flush=True),
+        )
         content = {"concept": concept.name, "latent": latent, "prompts": prompts, "norm": norm}
         content["points"] = [point.values() for point in points]
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -327,7 +323,7 @@ def _contrast(args: argparse.Namespace, concept: Concept) -> tuple[list[str], li
     if concept.text == "language":
         kept = _sentences(args.parallel)[6000:10_000]
         return tuple([one.text for one in kept if one.label == label] for label in ("de", "en"))  # type: ignore[return-value]
-    words = compile_pattern(rf"(?<!\w)(?:{concept.words})(?!\w)")
+    words = compile_pattern(concept.expression)
     lines = _english(args.brown, args.parallel, concept.text)
     return [line for line in lines if words.search(line)], [line for line in lines if not words.search(line)]
 

@@ -86,6 +86,8 @@ def test_notebook_runs(sae_run: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").symlink_to(sae_run.parent)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert all(cell.outputs for cell in notebook.cells if cell.cell_type == "code" and "print(" in cell.source)
+    for cell in notebook.cells:  # a letter that is in the little text of these runs
+        cell.source = cell.source.replace('"Debian"', '"e"')
     repository = json.dumps(str(NOTEBOOK.parent.parent))
     notebook.cells.insert(0, nbformat.v4.new_code_cell(f"import sys; sys.path.insert(0, {repository})"))
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -28,7 +28,7 @@ import torch
 
 from steerscale.config import require
 from steerscale.errors import LayoutError
-from steerscale.generation import generate, next_logits
+from steerscale.generation import generate
 from steerscale.interp.find import compile_pattern
 from steerscale.interp.steering import Effect
 from steerscale.language_model import LanguageModel
@@ -49,6 +49,8 @@ class Method:
     """Of the strength; None: without steering."""
     instruction: str | None = None
     """Prompting: what is put in front of each prompt, with a blank line between; it has no strength."""
+    strengths: list[float] | None = None
+    """Its own; None: the sweep's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +123,12 @@ def run_sweep(
     if lm.context.layout.pipeline > 1:
         raise LayoutError(f"parallel.pipeline must be 1 to sweep, it is {lm.context.layout.pipeline}")
     plain = [lm.encode(prompt) for prompt in sweep.prompts]
-    before = [_next(lm, prompt, {}) for prompt in plain]
+    before = next_distributions(lm, plain, {})
     points: list[Point] = []
     cases = [(Method(name="none"), 0.0)]
     for method in methods:
-        cases += [
-            (method, strength) for strength in ([1.0] if method.functions is None else sweep.strengths) if strength
-        ]
+        strengths = [1.0] if method.functions is None else method.strengths or sweep.strengths
+        cases += [(method, strength) for strength in strengths if strength]
     for method, strength in cases:
         functions = {} if method.functions is None else method.functions(strength)
         prompts = plain
@@ -153,7 +154,7 @@ def _measure(
     base: float | None,
 ) -> Point:
     """`plain` are the prompts as they are, `prompts` what the model gets; `base`: perplexity without steering."""
-    after = [_next(lm, prompt, functions) for prompt in prompts]
+    after = next_distributions(lm, prompts, functions)
     made = generate(lm, prompts, sweep.sampling, max_tokens=sweep.max_tokens, functions=functions)
     tokens, texts = [one.tokens for one in made], [one.text for one in made]
     losses = _losses(lm, plain, tokens, sweep.distractors)
@@ -180,11 +181,24 @@ def _measure(
     )
 
 
-def _next(lm: LanguageModel, prompt: Sequence[int], functions: Mapping[str, HookFunction]) -> torch.Tensor:
-    """Probabilities [V]."""
-    logits_V = next_logits(lm, prompt, functions)
-    assert logits_V is not None
-    return logits_V.softmax(dim=-1).cpu()
+def next_distributions(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], functions: Mapping[str, HookFunction]
+) -> list[torch.Tensor]:
+    """Probabilities [V] of the token after each prompt."""
+    found: list[torch.Tensor] = []
+    for begin in range(0, len(prompts), _BATCH):
+        part = prompts[begin : begin + _BATCH]
+        last_B = torch.tensor([len(prompt) - 1 for prompt in part], device=lm.context.device)
+        logits_BV = lm.logits(_padded(lm, part), functions, at_B=last_B)
+        assert logits_BV is not None
+        found += logits_BV.softmax(dim=-1).cpu().unbind()
+    return found
+
+
+def _padded(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """int64 [B, S], filled up on the right, where causal attention of what counts does not see it."""
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *([row[-1]] * (length - len(row)))] for row in rows], device=lm.context.device)
 
 
 def _losses(
@@ -197,8 +211,7 @@ def _losses(
         losses: list[float] = []
         for begin in range(0, len(rows), _BATCH):
             part = rows[begin : begin + _BATCH]
-            length = max(map(len, part))
-            tokens_BS = torch.tensor([row + row[-1:] * (length - len(row)) for row in part], device=lm.context.device)
+            tokens_BS = _padded(lm, part)
             losses_BS = lm.losses(tokens_BS[:, :-1].contiguous(), tokens_BS[:, 1:].contiguous())
             assert losses_BS is not None
             for index, (row, text) in enumerate(zip(part, texts[begin:])):

@@ -24,9 +24,6 @@ from steerscale.interp.sweep import Method
 from steerscale.language_model import LanguageModel
 from steerscale.models.hooks import HookFunction
 
-PROBE_TOKENS = 3000
-"""Tokens that the difference of means and the probe are fitted on."""
-
 
 def recipe_hook(opened: OpenRecipe) -> str:
     """The hook point that baselines act at: the first SAE's, direction's or probe's."""
@@ -86,16 +83,24 @@ def pair_vector(lm: LanguageModel, pair: tuple[str, str], hook: str) -> torch.Te
 
 
 def contrast_vectors(
-    lm: LanguageModel, texts: tuple[Sequence[str], Sequence[str]], hook: str, *, drop_first: int
+    lm: LanguageModel,
+    texts: tuple[Sequence[str], Sequence[str]],
+    hook: str,
+    *,
+    drop_first: int,
+    tokens: int = 3000,
 ) -> dict[str, torch.Tensor]:
-    """[M] of the tokens of texts with the concept against those without: difference of means, a logistic probe's weights."""
+    """[M] of the tokens of texts with the concept against those without: difference of means, a logistic probe's weights.
+
+    `tokens`: to read at most, half of them of either kind.
+    """
     names = ("with", "without")
     examples = [Example(text=text, label=name) for name, part in zip(names, texts) for text in part]
     places = []
     for name in names:
         chosen = [example for example in examples if example.label == name]
         places += encode_examples(
-            lm, chosen, position="all", vectors=PROBE_TOKENS // 2, drop_first=drop_first + len(lm.prefix)
+            lm, chosen, position="all", vectors=tokens // 2, drop_first=drop_first + len(lm.prefix)
         )
     x_VM = collect(lm, places, [hook])[hook]
     y_V = torch.tensor([names.index(place.label) for one in places for place in one.places])
