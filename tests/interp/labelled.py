@@ -25,7 +25,7 @@ class CharacterTokenizer(Tokenizer):
 
     def decode(self, ids: object) -> str:
         back = {2 + ord(character) % 59: character for character in "abcdefghijklmnopqrstuvwxyz.,"}
-        return "".join(" " if token == 1 else back[token] for token in ids)  # type: ignore[attr-defined]
+        return "".join(" " if token == 1 else back.get(token, "") for token in ids)  # type: ignore[attr-defined]
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
         raise NotImplementedError
