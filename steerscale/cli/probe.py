@@ -155,7 +155,8 @@ class _Meter:
             return
         self._said = now
         done = progress.done - self._first
-        eta = format_duration((now - self._begin) / done * (progress.total - progress.done)) if done else "?"
+        left = progress.total - progress.done
+        eta = format_duration((now - self._begin) / done * left) if done else "0s" if ended else "?"
         line = f"{progress.what}: {progress.done:,} of {progress.total:,}, ETA {eta}"
         print(f"\r{line}   " if live else line, end="\n" if ended or not live else "", file=sys.stderr, flush=True)
 
