@@ -1,5 +1,6 @@
 """Morphemes as dictionaries write them ("ingenuity s") laid onto the word as it is spelled ("ingenuities")."""
 
+import itertools
 from collections.abc import Sequence
 
 
@@ -11,12 +12,12 @@ def place_morphemes(word: str, morphemes: Sequence[str]) -> list[int]:
     the word alone, a border lies as far to the left as it can, so what is inserted belongs to what follows. A morpheme that
     is not to be seen in the word has no border.
     """
-    borders = [sum(map(len, morphemes[:number])) for number in range(1, len(morphemes))]
+    borders = list(itertools.accumulate(map(len, morphemes[:-1])))
     written = "".join(morphemes)
-    if written != word:
-        where = _align(written, word)
-        borders = [where[border] for border in borders]
-    return sorted({border for border in borders if 0 < border < len(word)})
+    if written == word:
+        return borders
+    where = _align(written, word)
+    return sorted({where[border] for border in borders if 0 < where[border] < len(word)})
 
 
 def _align(written: str, word: str) -> list[int]:

@@ -37,7 +37,7 @@ def read_lexicon(path: Path) -> Callable[[str], Sequence[int]]:
                 f"{path}, line {number}: {len(columns)} columns are neither SIGMORPHON's (2 or 3) nor MorphyNet's (4, or 6 "
                 "with prefix or suffix at the end)"
             )
-        if word and morphemes:
+        if word and all(morphemes) and morphemes:
             table.setdefault(word, place_morphemes(word, morphemes))
     return lambda word: table.get(word, ())
 
@@ -74,7 +74,8 @@ def read_segmentations(path: Path) -> dict[str, list[int]]:
 
 
 def _joined(text: str) -> list[str]:
-    return [part for part in (morpheme.removeprefix(JOINT) for morpheme in text.split()) if part]
+    parts = text.split()
+    return [bare for part in parts if (bare := part.removeprefix(JOINT))] if JOINT in text else parts
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -38,7 +38,7 @@ def _byte_characters() -> list[str]:
 
 BYTE_CHARACTERS = _byte_characters()
 """How byte-level tokenizers write each byte in their vocabulary (Radford et al. 2019): no control characters or white space."""
-_BYTES = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+_BYTES = {ord(character): byte for byte, character in enumerate(BYTE_CHARACTERS)}
 
 
 def spell(text: bytes) -> str:
@@ -48,10 +48,11 @@ def spell(text: bytes) -> str:
 
 def unspell(piece: str) -> bytes | None:
     """The bytes of a vocabulary entry; None if it is not written that way."""
-    try:
-        return bytes(_BYTES[character] for character in piece)
-    except KeyError:
-        return None
+    return _unspelled(piece) if all(ord(character) in _BYTES for character in piece) else None
+
+
+def _unspelled(piece: str) -> bytes:
+    return piece.translate(_BYTES).encode("latin-1")
 
 
 def count_words(texts: Iterable[str]) -> dict[bytes, int]:
@@ -67,5 +68,4 @@ def count_words(texts: Iterable[str]) -> dict[bytes, int]:
     for chunk, count in chunks.items():
         for word, _ in cut(chunk):
             words[word] += count
-    spelled = ((unspell(word), count) for word, count in words.items())
-    return dict(sorted((word, count) for word, count in spelled if word))
+    return dict(sorted((_unspelled(word), count) for word, count in words.items()))
