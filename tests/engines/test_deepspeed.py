@@ -70,9 +70,15 @@ def skip_a_step(config: RunConfig, value: float) -> dict[str, Any]:
         }
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
-    ("stage", "degrees"), [(0, {"data": 2}), (1, {"pipeline": 2}), (2, {"data": 2}), (3, {"data": 2})], ids=str
+    ("stage", "degrees", "value"),
+    [
+        (0, {"data": 2}, math.nan),
+        (1, {"pipeline": 2}, math.inf),
+        (2, {"data": 2}, math.inf),
+        (3, {"data": 2}, math.nan),
+    ],
+    ids=str,
 )
 def test_train_step_skips_what_is_not_finite(
     pool: RankPool, german_data: Path, stage: int, degrees: dict[str, int], value: float
@@ -110,18 +116,17 @@ def run(pool: RankPool, german_data: Path, tmp_path: Path) -> Callable[..., Curv
     return make
 
 
-@pytest.mark.parametrize(("stage", "degrees"), [(1, {"pipeline": 2}), (2, {"data": 2})], ids=str)
-def test_batch_grows(run: Callable[..., Curve], german_data: Path, stage: int, degrees: dict[str, int]) -> None:
+def test_batch_grows(run: Callable[..., Curve], german_data: Path) -> None:
     ramp = RampUpConfig(start=4, increment=4, samples=8)
-    configs = [config_of(german_data, stage, degrees)]
+    configs = [config_of(german_data, 1, {"pipeline": 2})]
     configs.append(replace(configs[0], engine=EngineConfig(), parallel=layout()))
     got, expected = (run(replace(config, train=replace(config.train, ramp_up=ramp))) for config in configs)
     assert_parity(replace(got, parameters=expected.parameters), expected)
 
 
 def test_recompute_changes_nothing(run: Callable[..., Curve], german_data: Path) -> None:
-    curves = [run(config_of(german_data, 1, {"pipeline": 2}, recompute=kind)) for kind in ("none", "full", "selective")]
-    assert curves[0].losses == curves[1].losses == curves[2].losses
+    curves = [run(config_of(german_data, 1, {"pipeline": 2}, recompute=kind)) for kind in ("none", "full")]
+    assert curves[0].losses == curves[1].losses
     assert same(list(curves[0].parameters.values()), list(curves[1].parameters.values()))
 
 

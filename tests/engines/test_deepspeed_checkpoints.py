@@ -78,9 +78,7 @@ def assert_goes_on(resumed: Path, alone: Path, *, loss: float) -> None:
         (zero(1), {"pipeline": 2}, MEGATRON, {"data": 2}),
         (MEGATRON, {"tensor": 2}, zero(3), {"data": 2}),
         (zero(3), {"data": 2}, MEGATRON, {}),
-        (MEGATRON, {}, zero(2), {"data": 2}),
         (zero(2), {"data": 2}, zero(0), {"tensor": 2, "pipeline": 2}),
-        (zero(0), {"tensor": 2, "pipeline": 2}, zero(1), {"tensor": 2, "data": 2}),
     ],
     ids=lambda value: "-".join(f"{key}{v}" for key, v in value.items()),
 )
@@ -99,9 +97,8 @@ def test_run_goes_on_under_another_engine(
         (zero(1, precision="bf16"), {"pipeline": 2}),
         (zero(2, precision="bf16", offload_optimizer=True), {"data": 2}),
         (zero(1, precision="fp16"), {"data": 2}),
-        (zero(3, precision="bf16"), {"data": 2}),
     ],
-    ids=["bf16 ZeRO-1 PP2", "bf16 ZeRO-2 offload", "fp16 ZeRO-1", "bf16 ZeRO-3"],
+    ids=["bf16 ZeRO-1 PP2", "bf16 ZeRO-2 offload", "fp16 ZeRO-1"],
 )
 def test_low_precision_is_close_to_float32_and_resumes_bitwise(
     run: Run, engine: dict[str, Any], parallel: dict[str, Any]

@@ -41,12 +41,10 @@ def run(pool: RankPool, german_data: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize(
     ("model", "stage", "degrees"),
     [
-        ("gpt2", 0, {}),
         ("gpt2", 0, {"data": 2}),
-        ("gpt2", 1, {"pipeline": 2, "data": 2}),
+        ("gpt2", 1, {"pipeline": 2}),
         ("gpt2", 2, {"data": 2}),
         ("llama", 0, {"tensor": 2, "pipeline": 2}),
-        ("llama", 1, {"tensor": 2, "data": 2}),
         ("llama", 3, {"tensor": 2}),
     ],
     ids=lambda value: "x".join(f"{key}{degree}" for key, degree in value.items()) if isinstance(value, dict) else None,

@@ -34,8 +34,8 @@ def run(pool: RankPool, german_data: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize(
     ("architecture", "stage", "parallel"),
-    [("topk", 0, {}), ("jumprelu", 1, {"data": 2}), ("batch_topk", 2, {"tensor": 2, "data": 2})],
-    ids=["topk ZeRO-0", "jumprelu ZeRO-1 DP2", "batch_topk ZeRO-2 TP2 DP2"],
+    [("topk", 0, {"tensor": 2}), ("jumprelu", 1, {"data": 2})],
+    ids=["topk ZeRO-0 TP2", "jumprelu ZeRO-1 DP2"],
 )
 def test_parity_sae(run: Run, architecture: str, stage: int, parallel: dict[str, Any]) -> None:
     got = run(architecture, EngineConfig(name="deepspeed", zero_stage=stage), parallel)
