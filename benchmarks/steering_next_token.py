@@ -19,9 +19,13 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
+
+import torch
 
 from benchmarks.steering_smollm2 import CONCEPTS, NEUTRAL, TARGET, Concept
 from steerscale.interp import sweep_baselines as baselines
+from steerscale.interp.interventions import capture
 from steerscale.interp.recipes import EditRecipe, OpenRecipe, Recipe, SAERecipe
 from steerscale.interp.steering import Effect, held_out_loss
 from steerscale.interp.sweep import Method, concept_tokens, next_distributions
@@ -30,6 +34,8 @@ from steerscale.language_model import LanguageModel, load_language_model
 from steerscale.parallel.context import initialize
 from steerscale.parallel.layout import ParallelLayout
 
+METHODS = ("prompting", "SAE latent", "activation addition", "difference of means")
+
 
 def main() -> None:
     """Print a line a point."""
@@ -37,6 +43,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run of SAEs")
     parser.add_argument("--sae", default="blocks.15.hook_resid_post@k=64")
     parser.add_argument("--concepts", nargs="+", required=True, metavar="NAME=LATENT")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     args = parser.parse_args()
     begin, known = time.process_time(), {concept.name: concept for concept in CONCEPTS}
     with initialize(ParallelLayout()) as context:
@@ -51,14 +58,33 @@ def main() -> None:
             )  # fmt: skip
             if lm is None:
                 lm = load_language_model(amplified.model, context, checkpoint=amplified.checkpoint, precision="bf16")
-            _measure(lm, known[name], int(latent), amplified, suppressed)
+            _measure(lm, known[name], int(latent), amplified, suppressed, methods=args.methods)
             print(f"{name}: {time.process_time() - begin:.0f} CPU seconds so far", file=sys.stderr, flush=True)
 
 
-def _measure(lm: LanguageModel, concept: Concept, latent: int, amplified: OpenRecipe, suppressed: OpenRecipe) -> None:
+def _means_vector(lm: LanguageModel, concept: Concept, hook: str) -> torch.Tensor:
+    """[M] mean last activation of the prompts that ask for the concept minus that of the neutral ones."""
+    asking = [f"{concept.lead} {one}" for one in concept.prompts]
+    means = []
+    for prompts in (asking, NEUTRAL):
+        tokens = [torch.tensor([lm.encode(prompt)], device=lm.context.device) for prompt in prompts]
+        means.append(torch.stack([capture(lm, one, [hook])[hook][0, -1].float() for one in tokens]).mean(dim=0))
+    return means[0] - means[1]
+
+
+def _measure(
+    lm: LanguageModel,
+    concept: Concept,
+    latent: int,
+    amplified: OpenRecipe,
+    suppressed: OpenRecipe,
+    *,
+    methods: Sequence[str],
+) -> None:
     tokens, hook = concept_tokens(lm, concept.words), amplified.sources[0].hook
     norm = baselines.change_norm(lm, amplified, NEUTRAL, hook)
-    vector = baselines.pair_vector(lm, concept.pair, hook)
+    vectors = {"activation addition": baselines.pair_vector(lm, concept.pair, hook)}
+    vectors["difference of means"] = _means_vector(lm, concept, hook)
     text = list(sequences_of(lm, amplified.sources[0].text_path(), samples=2, seq_len=128))
     for kind, prompts, recipe, instruction, sign, strengths in (
         ("amplify", NEUTRAL, amplified, concept.instruction, 1, [0.5, 1.0, 2.0]),
@@ -67,11 +93,14 @@ def _measure(lm: LanguageModel, concept: Concept, latent: int, amplified: OpenRe
         plain = [lm.encode(prompt) for prompt in prompts]
         told = [lm.encode(f"{instruction}\n\n{prompt}") for prompt in prompts]
         before = next_distributions(lm, plain, {})
-        addition = baselines.vector_method(lm, amplified, "activation addition", sign * vector, hook=hook, norm=norm)
         cases = [(Method(name="none"), 0.0), (Method(name="prompting"), 1.0)]
         cases += [(baselines.recipe_method(lm, recipe, name="SAE latent"), strength) for strength in strengths]
-        cases += [(addition, strength) for strength in ([0.5, 1.0] if sign > 0 else [0.5])]
+        for name, vector_M in vectors.items():
+            method = baselines.vector_method(lm, amplified, name, sign * vector_M, hook=hook, norm=norm)
+            cases += [(method, strength) for strength in ([0.5, 1.0] if sign > 0 else [0.5])]
         for method, strength in cases:
+            if method.name not in ("none", *methods):
+                continue
             functions = method.functions(strength) if method.functions else {}
             after = next_distributions(lm, told if method.name == "prompting" else plain, functions)
             loss = held_out_loss(lm, functions, text) if functions else None

@@ -131,6 +131,13 @@ def test_a_recipe_says_what_is_wrong(directory: Path, changes: dict[str, str], m
     assert str(directory / "bad.yaml") in str(raised.value)
 
 
+def test_published_recipes_are_recipes() -> None:
+    found = sorted((Path(__file__).parents[2] / "docs" / "recipes").glob("*.yaml"))
+    assert found
+    for path in found:
+        assert load_recipe(path).saes
+
+
 def test_a_recipe_is_refused_without_what_it_names(directory: Path) -> None:
     with pytest.raises(ConfigError, match="changes nothing"):
         Recipe()
