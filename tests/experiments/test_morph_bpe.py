@@ -123,6 +123,21 @@ def test_differences_are_paired() -> None:
     assert spoken([0.1, 0.1], sign=True) == "+0.1000 +- 0.0000"
 
 
+def test_named_sections_are_set_one_by_one() -> None:
+    _, config = load_experiment("morph_bpe/small", ["languages.cs.corpus=other.txt", "tokenizers.morph_bpe.bias=0.5"])
+    assert isinstance(config, MorphBPEConfig)
+    assert (config.languages["cs"].corpus, config.tokenizers["morph_bpe"].bias) == ("other.txt", 0.5)
+    assert config.languages["en"].corpus.endswith("corpora/en.txt.xz")
+    with pytest.raises(ConfigError, match=r"unknown key 'languages.cs.corpsu': did you mean 'corpus'\?"):
+        load_experiment("morph_bpe/small", ["languages.cs.corpsu=x"])
+
+
+def test_sizes_are_configurations() -> None:
+    _, config = load_experiment("morph_bpe/gpu")
+    assert isinstance(config, MorphBPEConfig)
+    assert set(config.languages) == {"en", "cs", "de"}
+
+
 def test_bad_settings_are_refused(tmp_path: Path) -> None:
     _, config = load_experiment("morph_bpe/small")
     assert isinstance(config, MorphBPEConfig)
