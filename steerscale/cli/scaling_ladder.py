@@ -32,6 +32,7 @@ def add_parser(subparsers: Any) -> None:
     add("--seq-len", type=int, metavar="N", help="tokens of a sequence (default: that of --like)")
     add("--micro-batch-size", type=int, default=4, metavar="N", help="sequences at a time (default: %(default)s)")
     add("--data-parallel", type=int, default=1, metavar="N", help="ranks that share each batch (default: %(default)s)")
+    add("--largest-lr", type=float, default=2**-7, metavar="X", help="cap of the rule (default: %(default)s)")
     add("--seed", type=int, default=1234, metavar="N", help="of weights and order of samples (default: %(default)s)")
     add("--tflops", type=float, metavar="X", help="model TFLOP/s of all ranks together, to know the hours")
     add("--hours", type=float, metavar="H", help="refuse a ladder that takes longer; needs --tflops")
@@ -62,9 +63,9 @@ def run(args: argparse.Namespace) -> None:
     for split in ("train", "valid"):
         manifest.require_split(split, seq_len=like.seq_len, path=args.data)
     multiple = args.micro_batch_size * args.data_parallel
-    rungs = ladder(args.sizes, args.tokens, like=like, multiple=multiple)
+    rungs = ladder(args.sizes, args.tokens, like=like, multiple=multiple, largest_lr=args.largest_lr)
     if args.hold_out is not None:
-        rungs.append(held_out_rung(rungs, *args.hold_out, like=like, multiple=multiple))
+        rungs.append(held_out_rung(rungs, *args.hold_out, like=like, multiple=multiple, largest_lr=args.largest_lr))
     warnings = check_tokens(rungs, manifest.splits["train"].tokens)
     flops = sum(rung.flops for rung in rungs)
     hours = None if args.tflops is None else flops / args.tflops / 3600e12
@@ -90,10 +91,10 @@ def _check(args: argparse.Namespace) -> None:
     for option in ("micro_batch_size", "data_parallel"):
         if getattr(args, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')} must be at least 1, got {getattr(args, option)}")
-    for option in ("tflops", "hours"):
+    for option in ("tflops", "hours", "largest_lr"):
         value = getattr(args, option)
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"--{option} must be a positive number, got {value:g}")
+            raise ConfigError(f"--{option.replace('_', '-')} must be a positive number, got {value:g}")
     if args.hours is not None and args.tflops is None:
         raise ConfigError("--hours needs --tflops, the speed that makes FLOPs of hours: measure a short run")
 

@@ -88,7 +88,14 @@ class Rung:
         }
 
 
-def ladder(sizes: Sequence[float], tokens: Sequence[float], *, like: ModelConfig, multiple: int = 1) -> list[Rung]:
+def ladder(
+    sizes: Sequence[float],
+    tokens: Sequence[float],
+    *,
+    like: ModelConfig,
+    multiple: int = 1,
+    largest_lr: float = LARGEST_LEARNING_RATE,
+) -> list[Rung]:
     """Every size on every number of tokens, the cheapest first.
 
     Args:
@@ -96,6 +103,7 @@ def ladder(sizes: Sequence[float], tokens: Sequence[float], *, like: ModelConfig
         tokens: that each is trained on.
         like: the models' blocks, sequence and vocabulary.
         multiple: batches are multiples of so many sequences: micro-batch x data-parallel ranks.
+        largest_lr: no peak learning rate is above it, whatever the rule says.
 
     Raises ConfigError if a fit could not be made of them, or for a size that no shape has.
     """
@@ -114,16 +122,27 @@ def ladder(sizes: Sequence[float], tokens: Sequence[float], *, like: ModelConfig
                 f"--sizes {other:g} and {size:g} become the same model of {model.num_parameters():,} parameters: take them "
                 "further apart"
             )
-    rungs = [make_rung(model, count, multiple=multiple) for model in models.values() for count in sorted(tokens)]
+    rungs = [
+        make_rung(model, count, multiple=multiple, largest_lr=largest_lr)
+        for model in models.values()
+        for count in sorted(tokens)
+    ]
     assert len(rungs) >= LEAST_POINTS
     return sorted(rungs, key=lambda rung: rung.flops)
 
 
 def held_out_rung(
-    rungs: Sequence[Rung], parameters: float, tokens: float, *, like: ModelConfig, multiple: int = 1
+    rungs: Sequence[Rung],
+    parameters: float,
+    tokens: float,
+    *,
+    like: ModelConfig,
+    multiple: int = 1,
+    largest_lr: float = LARGEST_LEARNING_RATE,
 ) -> Rung:
     """The run to predict. Raises ConfigError unless it takes more compute than any rung, as `fit --hold-out 1` expects."""
-    rung = make_rung(_shape(parameters, like, option="--hold-out"), tokens, multiple=multiple, held_out=True)
+    model = _shape(parameters, like, option="--hold-out")
+    rung = make_rung(model, tokens, multiple=multiple, largest_lr=largest_lr, held_out=True)
     largest = max(6.0 * one.parameters * one.tokens for one in rungs)
     if 6.0 * rung.parameters * rung.tokens <= largest:
         raise ConfigError(
@@ -133,7 +152,14 @@ def held_out_rung(
     return rung
 
 
-def make_rung(model: ModelConfig, tokens: float, *, multiple: int = 1, held_out: bool = False) -> Rung:
+def make_rung(
+    model: ModelConfig,
+    tokens: float,
+    *,
+    multiple: int = 1,
+    largest_lr: float = LARGEST_LEARNING_RATE,
+    held_out: bool = False,
+) -> Rung:
     """One model on about so many tokens, by the rules above. Raises ConfigError if that is too few steps."""
     require(math.isfinite(tokens) and tokens > 0, f"--tokens must be positive numbers, got {tokens:g}")
     require(multiple >= 1, f"batches must be multiples of at least 1 sequence, got {multiple}")
@@ -151,7 +177,7 @@ def make_rung(model: ModelConfig, tokens: float, *, multiple: int = 1, held_out:
         batch=batch,
         steps=steps,
         warmup_steps=max(round(warmup), 1),
-        lr=float(f"{min(1.79 * n**-0.713 * tokens**0.307, LARGEST_LEARNING_RATE):.4g}"),
+        lr=float(f"{min(1.79 * n**-0.713 * tokens**0.307, largest_lr):.4g}"),
         held_out=held_out,
     )
 

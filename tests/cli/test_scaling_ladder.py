@@ -83,6 +83,7 @@ def test_ladder_prints_what_it_wrote(here: Path, german_data: Path, capsys: pyte
         ([*GRID, "--hold-out", "2.2e5,4e7"], "times, and what is repeated more than 4 times teaches no law"),
         ([*GRID, "--hours", "1"], "--hours needs --tflops"),
         ([*GRID, "--hours", "1e-6", "--tflops", "0.01"], "more than --hours 1e-06"),
+        ([*GRID, "--largest-lr", "0"], "--largest-lr must be a positive number, got 0"),
         ([*GRID, "--tflops", "0"], "--tflops must be a positive number, got 0"),
         ([*GRID, "--micro-batch-size", "0"], "--micro-batch-size must be at least 1, got 0"),
         ([*GRID, "-o", "ladder.txt"], "must end in .yaml"),

@@ -34,6 +34,7 @@ def test_rules_are_those_of_the_papers() -> None:
     # Far below the models of the rule its learning rate ends, and a warm-up of N tokens would be most of the run.
     small = make_rung(LIKE, 2e6)
     assert small.lr == pytest.approx(2**-7, rel=1e-3)
+    assert make_rung(LIKE, 2e6, largest_lr=2e-3).lr == 2e-3
     assert small.warmup_steps == pytest.approx(small.steps / 10, abs=1)
 
 
