@@ -8,7 +8,7 @@ from steerscale.tokenizers.registry import load_tokenizer, train_tokenizer
 
 
 def test_unknown_type_lists_those_that_can_be_trained():
-    with pytest.raises(ConfigError, match=r"must be one of unigram \| bpe, got 'wordpiece'"):
+    with pytest.raises(ConfigError, match=r"must be one of unigram \| bpe \| morph_bpe, got 'wordpiece'"):
         train_tokenizer(TokenizerConfig(type="wordpiece"), ["text"])
 
 
