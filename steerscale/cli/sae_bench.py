@@ -123,6 +123,7 @@ class _Meter:
 
 
 def _report(found: "dict[str, BenchResult]", matches: "dict[tuple[str, str], Matching]", config: "BenchConfig") -> str:
+    rows: list[tuple[str, ...]]
     parts = []
     if any(one.probing for one in found.values()):
         rows = [("sparse probing", "dense", *(f"k={k}" for k in config.ks), *(f"coordinates k={k}" for k in config.ks))]

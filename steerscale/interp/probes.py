@@ -163,8 +163,8 @@ def _read(path: Path) -> Probe:
     if not isinstance(about, Mapping) or about.get("format_version") != FORMAT:
         raise DataError(f"{path} is no probe of format_version {FORMAT}: make it again")
     try:
-        values = {key: value for key, value in about.items() if key != "format_version"}
-        return Probe(**{**values, "classes": tuple(about["classes"])}, **tensors)
+        values: dict[str, Any] = {key: value for key, value in about.items() if key != "format_version"}
+        return Probe(**{**values, "classes": tuple(about["classes"]), **tensors})
     except (TypeError, KeyError, ConfigError) as error:
         raise DataError(f"{path} is not a valid probe: {error}") from error
 
