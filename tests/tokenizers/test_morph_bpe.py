@@ -45,6 +45,11 @@ def tokenizer(request: pytest.FixtureRequest, table: str) -> MorphBPETokenizer:
 
 def test_every_character_comes_back(tokenizer: MorphBPETokenizer) -> None:
     characters = [*map(chr, range(0xD800)), *map(chr, range(0xE000, 0x110000))]
+    manifest = tokenizer._manifest
+    assert manifest is not None
+    assert manifest.config is not None
+    if manifest.config.bias != 0.9:  # all 1.1 million once: they take seconds
+        characters = characters[::29]
     for text in ("".join(characters), " ".join(characters[:5000]), ""):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
