@@ -76,6 +76,7 @@ def observe(layout: ParallelLayout) -> dict[str, np.ndarray]:
                 found[name] = logits.numpy()
                 found[f"{name} numbers"] = np.array([told.kl, loss.before, loss.after])
         plain = lm.logits(TOKENS)
+        lm.close()  # the last message between stages must not end with the model
         found |= {} if plain is None else {"plain": plain.numpy()}
         return found
 
