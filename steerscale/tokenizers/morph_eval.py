@@ -1,7 +1,7 @@
 """Several tokenizers side by side: on texts, against gold morphemes, and by what is in their vocabularies."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,7 +98,7 @@ def _is_whole(spelled: bytes) -> bool:
     return True
 
 
-def _batches(texts: Iterable[str]) -> Iterable[Sequence[str]]:
+def _batches(texts: Iterable[str]) -> Iterable[list[str]]:
     batch: list[str] = []
     for text in texts:
         batch.append(text)

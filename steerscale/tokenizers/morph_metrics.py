@@ -96,7 +96,7 @@ def _consistency(parts: Sequence[Sequence[bytes]], morphemes: Sequence[Sequence[
 
 
 def _share(items: Sequence[Sequence[bytes]]) -> csr_matrix:
-    """bool [words, words]: which pairs have something in common; a word is no pair with itself."""
+    """int [words, words], not 0 where two words have something in common; a word is no pair with itself."""
     ids: dict[bytes, int] = {}
     pairs = {(row, ids.setdefault(item, len(ids))) for row, present in enumerate(items) for item in present}
     rows, columns = np.array(sorted(pairs)).T
@@ -104,7 +104,7 @@ def _share(items: Sequence[Sequence[bytes]]) -> csr_matrix:
     common = csr_matrix(has @ has.T)
     common.setdiag(0)
     common.eliminate_zeros()
-    return common.astype(bool)
+    return common
 
 
 def _stem_consistency(parts: Sequence[Sequence[bytes]], morphemes: Sequence[Sequence[bytes]]) -> float:
