@@ -328,6 +328,7 @@ def _transformers(size: Size, directory: Path, pace: Pace) -> list[float]:
 
     from steerscale.data.dataset import SampleStream
 
+    (directory / "transformers").mkdir()
     profiler = StepProfiler(
         ProfileConfig(steps=[1]), run_dir=directory / "transformers", rank=0, device=torch.device("cpu")
     )
