@@ -71,7 +71,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "not finite": (f"{RUN} optim.lr=inf", ("optim.lr must be a finite number, got inf",)),
     "not a number": (f"{RUN} optim.clip=nan", ("optim.clip must be a finite number, got nan",)),
     "position": (f"{RUN} model.position=rope", ("model.position must be one of learned | rotary, got 'rope'",)),
-    "precision": (f"{RUN} engine.precision=fp16", ("engine.precision must be one of fp32 | bf16, got 'fp16'",)),
+    "precision": (f"{RUN} engine.precision=fp8", ("engine.precision must be one of fp32 | bf16 | fp16, got 'fp8'",)),
     "schedule": (f"{RUN} optim.schedule=linear", ("optim.schedule must be one of cosine | wsd", "'linear'")),
     "engine": (f"{RUN} engine.name=deepsped", ("engine.name must be one of", "'deepsped'")),
     # --- values out of range
