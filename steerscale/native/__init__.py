@@ -54,7 +54,7 @@ def bpe_library() -> ctypes.CDLL | None:
     return _load(
         SOURCE.with_name("bpe.cpp"),
         _BPE_SIGNATURES,
-        without="trainer of merges, Python is used instead (some 50 times slower)",
+        without="trainer of merges, Python is used instead (some 20 times slower)",
     )
 
 

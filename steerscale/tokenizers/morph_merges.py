@@ -45,7 +45,7 @@ def learn_merges(
         tokens: the vocabulary to begin with, ids 0, 1, ...
         byte_ids: the ids of the 256 bytes in it.
         bias: 0 to 1, see the module; counted in steps of 2^-20, and anything below 1 as less than 1.
-        compiled: use the C++ trainer where there is a compiler; False: Python, with the same result, some 50 times slower.
+        compiled: use the C++ trainer where there is a compiler; False: Python, with the same result, some 20 times slower.
     """
     keep = round((1 - bias) * SCORE_ONE)
     if bias < 1:
