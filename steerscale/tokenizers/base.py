@@ -104,6 +104,19 @@ class TokenizerManifest:
         """Read `manifest.json`. Raises DataError if it is missing, damaged or of a newer format."""
         return read_manifest(cls, directory / MANIFEST, what="tokenizer")
 
+    def read_model(self, path: Path) -> bytes:
+        """The model file this manifest describes. Raises DataError if it is missing or another one."""
+        try:
+            model = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path.parent} has a manifest but no readable {path.name}: {error}") from error
+        if hashlib.sha256(model).hexdigest() != self.hash:
+            raise DataError(
+                f"{path} is not the model its manifest describes (SHA-256 differs): it was changed or damaged; train or copy "
+                "the tokenizer again"
+            )
+        return model
+
 
 def read_manifest(cls: Any, path: Path, *, what: str) -> Any:
     """Read a JSON file into the dataclass `cls`. Raises DataError if that fails or the format is unknown."""

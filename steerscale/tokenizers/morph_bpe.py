@@ -47,16 +47,7 @@ class MorphBPETokenizer(HuggingFaceTokenizer):
     def load(cls, directory: Path) -> "MorphBPETokenizer":
         """Load a tokenizer directory. Raises DataError if the model is missing or is not the manifest's."""
         manifest = TokenizerManifest.read(directory)
-        try:
-            model = (directory / MODEL).read_bytes()
-        except OSError as error:
-            raise DataError(f"{directory} has a manifest but no readable {MODEL}: {error}") from error
-        if hashlib.sha256(model).hexdigest() != manifest.hash:
-            raise DataError(
-                f"{directory / MODEL} is not the model its manifest describes (SHA-256 differs): it was changed or "
-                "damaged; train or copy the tokenizer again"
-            )
-        return cls(model, origin=str(directory), manifest=manifest)
+        return cls(manifest.read_model(directory / MODEL), origin=str(directory), manifest=manifest)
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of any bytes: of the text where they are UTF-8, and of single bytes where they are not."""

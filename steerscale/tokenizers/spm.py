@@ -45,16 +45,7 @@ class SentencePieceTokenizer(Tokenizer):
     def load(cls, directory: Path) -> "SentencePieceTokenizer":
         """Load a tokenizer directory. Raises DataError if the model is missing or is not the manifest's."""
         manifest = TokenizerManifest.read(directory)
-        try:
-            model = (directory / MODEL).read_bytes()
-        except OSError as error:
-            raise DataError(f"{directory} has a manifest but no readable {MODEL}: {error}") from error
-        if hashlib.sha256(model).hexdigest() != manifest.hash:
-            raise DataError(
-                f"{directory / MODEL} is not the model its manifest describes (SHA-256 differs): it was changed or "
-                "damaged; train or copy the tokenizer again"
-            )
-        return cls(model, type=manifest.type, manifest=manifest)
+        return cls(manifest.read_model(directory / MODEL), type=manifest.type, manifest=manifest)
 
     def encode(self, text: str) -> list[int]:
         if SPACE not in text:
