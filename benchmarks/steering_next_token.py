@@ -23,7 +23,8 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.steering_smollm2 import CONCEPTS, NEUTRAL, TARGET, Concept
+from benchmarks.steering_concepts import CONCEPTS, NEUTRAL, Concept
+from benchmarks.steering_smollm2 import TARGET
 from steerscale.interp import sweep_baselines as baselines
 from steerscale.interp.interventions import capture
 from steerscale.interp.recipes import EditRecipe, OpenRecipe, Recipe, SAERecipe
