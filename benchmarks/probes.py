@@ -32,12 +32,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from steerscale.interp.probe_activations import collect
-from steerscale.interp.probe_fit import FitConfig, fit_probe, standardise
-from steerscale.interp.probe_labels import read_examples
-from steerscale.interp.probe_plot import plot_probes
-from steerscale.interp.probe_run import ProbeConfig, ProbeTask, expand_hooks, make_task
-from steerscale.interp.probes import Probe, read_probe, score, write_probe
+from steerscale.interp.probes.activations import collect
+from steerscale.interp.probes.fit import FitConfig, fit_probe, standardise
+from steerscale.interp.probes.labels import read_examples
+from steerscale.interp.probes.plot import plot_probes
+from steerscale.interp.probes.probe import Probe, read_probe, score, write_probe
+from steerscale.interp.probes.run import ProbeConfig, ProbeTask, expand_hooks, make_task
 from steerscale.language_model import load_language_model
 from steerscale.parallel.context import initialize
 from steerscale.parallel.layout import ParallelLayout

@@ -29,8 +29,8 @@ from benchmarks.steering_concepts import CONCEPTS, NEUTRAL, Concept
 from steerscale.config import dump_yaml
 from steerscale.interp import sweep_baselines as baselines
 from steerscale.interp.find import Activity, activity, compile_pattern, label_figures, pattern_examples
-from steerscale.interp.probe_activations import encode_examples
-from steerscale.interp.probe_labels import Example, read_examples, split_examples
+from steerscale.interp.probes.activations import encode_examples
+from steerscale.interp.probes.labels import Example, read_examples, split_examples
 from steerscale.interp.recipes import EditRecipe, Recipe, SAERecipe, load_recipe
 from steerscale.interp.sources import SAESource, open_sae
 from steerscale.interp.steering_plot import plot_sweep

@@ -13,8 +13,8 @@ from steerscale.errors import ConfigError, DataError
 from steerscale.metrics import format_duration
 
 if TYPE_CHECKING:
-    from steerscale.interp.probe_run import ProbeConfig, Progress
-    from steerscale.interp.probes import Probe
+    from steerscale.interp.probes.probe import Probe
+    from steerscale.interp.probes.run import ProbeConfig, Progress
 
 COLUMNS = ("accuracy", "balanced_accuracy", "ece", "control_accuracy", "selectivity", "seconds")
 RESULTS = "results.json"
@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> None:
     if args.apply is not None:
         apply(args)
         return
-    from steerscale.interp.probe_labels import read_examples
-    from steerscale.interp.probe_run import expand_hooks, make_task, run_probes
+    from steerscale.interp.probes.labels import read_examples
+    from steerscale.interp.probes.run import expand_hooks, make_task, run_probes
     from steerscale.language_model import load_language_model
     from steerscale.models.hook_points import hook_point
     from steerscale.parallel.context import initialize
@@ -121,8 +121,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _config(args: argparse.Namespace) -> "ProbeConfig":
-    from steerscale.interp.probe_fit import FitConfig
-    from steerscale.interp.probe_run import ProbeConfig
+    from steerscale.interp.probes.fit import FitConfig
+    from steerscale.interp.probes.run import ProbeConfig
 
     return ProbeConfig(
         kinds=tuple(args.kinds),
@@ -180,8 +180,8 @@ def table(probes: "list[Probe]") -> str:
 def _write(args: argparse.Namespace, probes: "list[Probe]", config: "ProbeConfig") -> None:
     from dataclasses import asdict
 
-    from steerscale.interp.probe_plot import plot_probes
-    from steerscale.interp.probes import write_probe
+    from steerscale.interp.probes.plot import plot_probes
+    from steerscale.interp.probes.probe import write_probe
     from steerscale.tokenizers.base import write_json
 
     try:

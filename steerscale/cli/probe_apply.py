@@ -48,8 +48,8 @@ def add_apply_arguments(parser: argparse.ArgumentParser) -> None:
 
 def apply(args: argparse.Namespace) -> None:
     """Edit and print."""
-    from steerscale.interp.probe_edit import probe_edit
-    from steerscale.interp.probes import read_probe
+    from steerscale.interp.probes.edit import probe_edit
+    from steerscale.interp.probes.probe import read_probe
     from steerscale.language_model import load_language_model
     from steerscale.parallel.context import initialize
 

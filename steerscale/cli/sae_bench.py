@@ -13,8 +13,8 @@ from steerscale.errors import ConfigError
 from steerscale.metrics import format_duration
 
 if TYPE_CHECKING:
-    from steerscale.interp.sae_bench import BenchConfig, BenchResult
-    from steerscale.interp.sae_compare import Matching
+    from steerscale.interp.sae_bench.matching import Matching
+    from steerscale.interp.sae_bench.run import BenchConfig, BenchResult
     from steerscale.interp.sources import SAESource
 
 
@@ -55,9 +55,9 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure and print."""
-    from steerscale.interp.probe_labels import read_examples
-    from steerscale.interp.probe_run import ProbeConfig
-    from steerscale.interp.sae_bench import BenchConfig, compare, run_bench
+    from steerscale.interp.probes.labels import read_examples
+    from steerscale.interp.probes.run import ProbeConfig
+    from steerscale.interp.sae_bench.run import BenchConfig, compare, run_bench
     from steerscale.language_model import load_language_model
     from steerscale.parallel.context import initialize
 
@@ -177,7 +177,7 @@ def _write(
 ) -> None:
     from dataclasses import asdict
 
-    from steerscale.interp.sae_bench_export import write_saebench
+    from steerscale.interp.sae_bench.export import write_saebench
     from steerscale.tokenizers.base import write_json
 
     args.output.mkdir(parents=True, exist_ok=True)

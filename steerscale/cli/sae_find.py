@@ -157,7 +157,7 @@ def _find(args: argparse.Namespace, lm: "LanguageModel", source: "SAESource") ->
 
 def _examples(args: argparse.Namespace) -> tuple[list[Any], str]:
     from steerscale.interp.find import MATCH, pattern_examples
-    from steerscale.interp.probe_labels import Example, read_examples
+    from steerscale.interp.probes.labels import Example, read_examples
 
     if args.pattern is not None:
         if args.text is None:
@@ -173,8 +173,8 @@ def _examples(args: argparse.Namespace) -> tuple[list[Any], str]:
 
 
 def _direction(args: argparse.Namespace, hook: str) -> Any:
-    from steerscale.interp.probe_edit import direction
-    from steerscale.interp.probes import read_probe
+    from steerscale.interp.probes.edit import direction
+    from steerscale.interp.probes.probe import read_probe
     from steerscale.interp.recipes import read_vector
 
     if args.direction is not None:

@@ -16,8 +16,8 @@ from steerscale.experiments.othello_config import ProbeConfig
 from steerscale.experiments.othello_games import MOVES, NAMES, PAD, VOCABULARY, Boards, replay
 from steerscale.experiments.stages import Bench, Results
 from steerscale.interp.interventions import capture
-from steerscale.interp.probe_fit import FitConfig, fit_probe
-from steerscale.interp.probes import Probe, read_probe, write_probe
+from steerscale.interp.probes.fit import FitConfig, fit_probe
+from steerscale.interp.probes.probe import Probe, read_probe, write_probe
 from steerscale.language_model import LanguageModel, load_language_model
 from steerscale.models.gpt import build_chunks, transformer_config
 from steerscale.models.sharding import initialize_parameters

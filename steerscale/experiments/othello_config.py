@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from steerscale.config import require
 from steerscale.experiments.stages import ExperimentConfig
-from steerscale.interp.probe_fit import FitConfig
+from steerscale.interp.probes.fit import FitConfig
 from steerscale.train.config import RunConfig
 
 

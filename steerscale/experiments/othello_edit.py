@@ -16,8 +16,8 @@ import torch
 from steerscale.experiments.othello_config import InterventionConfig
 from steerscale.experiments.othello_games import VOCABULARY, legal_tokens, replay, set_up
 from steerscale.experiments.stages import Bench, Results
-from steerscale.interp.probe_edit import probe_edit
-from steerscale.interp.probes import Probe
+from steerscale.interp.probes.edit import probe_edit
+from steerscale.interp.probes.probe import Probe
 from steerscale.language_model import LanguageModel
 from steerscale.models.hooks import HookFunction
 

@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from steerscale.experiments.superposition_config import DictionaryConfig
-from steerscale.interp.probe_fit import FitConfig, fit_probe
+from steerscale.interp.probes.fit import FitConfig, fit_probe
 from steerscale.parallel.context import ParallelContext
 from steerscale.sae.architectures import ARCHITECTURES
 from steerscale.sae.base import SparseAutoencoder

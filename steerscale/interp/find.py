@@ -23,8 +23,8 @@ from steerscale.config import require
 from steerscale.errors import ConfigError, LayoutError
 from steerscale.interp.interventions import logit_effect
 from steerscale.interp.latent_index import LatentIndex
-from steerscale.interp.probe_activations import Encoded, collect, encode_examples
-from steerscale.interp.probe_labels import Example, Span, split_examples
+from steerscale.interp.probes.activations import Encoded, collect, encode_examples
+from steerscale.interp.probes.labels import Example, Span, split_examples
 from steerscale.language_model import LanguageModel
 from steerscale.sae.weights import SAEWeights
 
@@ -70,7 +70,7 @@ class Activity:
 
 
 def activity(lm: LanguageModel, sae: SAEWeights, encoded: Sequence[Encoded], hook: str) -> Activity:
-    """Values of all latents at the places of labelled text (`probe_activations.encode_examples`)."""
+    """Values of all latents at the places of labelled text (`probes.activations.encode_examples`)."""
     _one_stage(lm)
     x_VM = collect(lm, encoded, [hook])[hook]
     step, parts = max(1, _ELEMENTS // sae.num_latents), []

@@ -29,8 +29,8 @@ from steerscale.config import from_mapping, load_yaml, require
 from steerscale.errors import ConfigError, DataError
 from steerscale.interp.combine import chained, weighted
 from steerscale.interp.interventions import add_direction, project_out
-from steerscale.interp.probe_edit import probe_edit
-from steerscale.interp.probes import Probe, read_probe
+from steerscale.interp.probes.edit import probe_edit
+from steerscale.interp.probes.probe import Probe, read_probe
 from steerscale.interp.sources import SAESource, open_sae
 from steerscale.interp.steering import Edit, Steering, When
 from steerscale.language_model import LanguageModel

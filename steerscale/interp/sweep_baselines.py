@@ -15,10 +15,10 @@ from steerscale.config import require
 from steerscale.errors import ConfigError
 from steerscale.interp.combine import acting, weighted
 from steerscale.interp.interventions import add_direction, capture
-from steerscale.interp.probe_activations import collect, encode_examples
-from steerscale.interp.probe_edit import direction
-from steerscale.interp.probe_fit import fit_probe
-from steerscale.interp.probe_labels import Example
+from steerscale.interp.probes.activations import collect, encode_examples
+from steerscale.interp.probes.edit import direction
+from steerscale.interp.probes.fit import fit_probe
+from steerscale.interp.probes.labels import Example
 from steerscale.interp.recipes import OpenRecipe
 from steerscale.interp.sweep import Method
 from steerscale.language_model import LanguageModel

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from steerscale.interp.probe_labels import Example, Span
+from steerscale.interp.probes.labels import Example, Span
 from steerscale.tokenizers.base import Tokenizer
 
 WORDS = {"noun": ("ab", "bc", "cde", "dd"), "verb": ("xz", "yx", "zzy", "wx"), "det": ("o", "e")}

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from steerscale.config import dump_yaml
 from steerscale.errors import ConfigError, DataError
 from steerscale.interp.interventions import capture
-from steerscale.interp.probes import Probe, write_probe
+from steerscale.interp.probes.probe import Probe, write_probe
 from steerscale.interp.recipes import Recipe, load_recipe
 from steerscale.interp.steering import Edit, Steering, When
 from steerscale.language_model import LanguageModel

@@ -9,14 +9,14 @@ import torch
 
 from steerscale.cli import main
 from steerscale.errors import ConfigError, DataError
-from steerscale.interp.probe_labels import Example
-from steerscale.interp.probe_run import ProbeConfig, ProbeTask, Side
-from steerscale.interp.sae_absorption import absorption, first_letter_words
-from steerscale.interp.sae_bench import BenchConfig, BenchResult, run_bench
-from steerscale.interp.sae_bench_export import write_saebench
-from steerscale.interp.sae_compare import match_decoders
-from steerscale.interp.sae_probing import sparse_probing
-from steerscale.interp.sae_scr import spurious_removal
+from steerscale.interp.probes.labels import Example
+from steerscale.interp.probes.run import ProbeConfig, ProbeTask, Side
+from steerscale.interp.sae_bench.absorption import absorption, first_letter_words
+from steerscale.interp.sae_bench.export import write_saebench
+from steerscale.interp.sae_bench.matching import match_decoders
+from steerscale.interp.sae_bench.run import BenchConfig, BenchResult, run_bench
+from steerscale.interp.sae_bench.scr import spurious_removal
+from steerscale.interp.sae_bench.sparse_probing import sparse_probing
 from steerscale.interp.sources import SAESource
 from steerscale.language_model import LanguageModel
 from steerscale.parallel.context import initialize

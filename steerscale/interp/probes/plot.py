@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from steerscale.interp.probes import Probe
+from steerscale.interp.probes.probe import Probe
 
 FIGURES = {"accuracy": "held-out accuracy", "control_accuracy": "control task", "selectivity": "selectivity"}
 

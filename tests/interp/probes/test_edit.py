@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from steerscale.errors import ConfigError
-from steerscale.interp.probe_edit import probe_edit
-from steerscale.interp.probes import Probe
+from steerscale.interp.probes.edit import probe_edit
+from steerscale.interp.probes.probe import Probe
 
 WIDTH = 16
 

@@ -20,7 +20,7 @@ import torch
 
 from steerscale.config import require
 from steerscale.errors import DataError
-from steerscale.interp.probes import KINDS, Probe
+from steerscale.interp.probes.probe import KINDS, Probe
 
 
 @dataclass(frozen=True, kw_only=True)

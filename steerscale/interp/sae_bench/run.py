@@ -13,13 +13,13 @@ import torch.distributed as dist
 
 from steerscale.config import require
 from steerscale.errors import DataError
-from steerscale.interp.probe_activations import collect, encode_examples
-from steerscale.interp.probe_labels import Example
-from steerscale.interp.probe_run import ProbeConfig, make_task
-from steerscale.interp.sae_absorption import Absorption, absorption, first_letter_words
-from steerscale.interp.sae_compare import Matching, match_decoders
-from steerscale.interp.sae_probing import SparseProbing, sparse_probing
-from steerscale.interp.sae_scr import Removal, spurious_removal
+from steerscale.interp.probes.activations import collect, encode_examples
+from steerscale.interp.probes.labels import Example
+from steerscale.interp.probes.run import ProbeConfig, make_task
+from steerscale.interp.sae_bench.absorption import Absorption, absorption, first_letter_words
+from steerscale.interp.sae_bench.matching import Matching, match_decoders
+from steerscale.interp.sae_bench.scr import Removal, spurious_removal
+from steerscale.interp.sae_bench.sparse_probing import SparseProbing, sparse_probing
 from steerscale.interp.sources import SAESource
 from steerscale.language_model import LanguageModel
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import steerscale
-from steerscale.interp.sae_bench import BenchConfig, BenchResult
+from steerscale.interp.sae_bench.run import BenchConfig, BenchResult
 from steerscale.interp.sources import SAESource
 from steerscale.tokenizers.base import write_json
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from steerscale.config import require
-from steerscale.interp.probe_fit import FitConfig, class_means, fit_probe
-from steerscale.interp.probe_run import ProbeTask
+from steerscale.interp.probes.fit import FitConfig, class_means, fit_probe
+from steerscale.interp.probes.run import ProbeTask
 from steerscale.sae.weights import SAEWeights
 
 CHUNK = 1024

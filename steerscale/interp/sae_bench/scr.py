@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from steerscale.errors import DataError
-from steerscale.interp.probe_edit import direction
-from steerscale.interp.probe_fit import FitConfig, fit_probe
-from steerscale.interp.probes import Probe
-from steerscale.interp.sae_probing import chunks
+from steerscale.interp.probes.edit import direction
+from steerscale.interp.probes.fit import FitConfig, fit_probe
+from steerscale.interp.probes.probe import Probe
+from steerscale.interp.sae_bench.sparse_probing import chunks
 from steerscale.sae.weights import SAEWeights
 
 MIN_TEXTS = 20

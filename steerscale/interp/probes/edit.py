@@ -21,7 +21,7 @@ import torch
 from steerscale.config import require
 from steerscale.errors import ConfigError
 from steerscale.interp.interventions import Positions, at_positions
-from steerscale.interp.probes import Probe
+from steerscale.interp.probes.probe import Probe
 from steerscale.models.hooks import HookFunction
 
 Mode = Literal["add", "project", "set", "swap"]

@@ -39,7 +39,7 @@ class Example:
     label: str | None = None
     """Of the whole text, where there are no spans."""
     spurious: str | None = None
-    """Another attribute of the whole text, which `sae_scr` removes."""
+    """Another attribute of the whole text, which `sae_bench.scr` removes."""
     group: int = 0
     """Examples of one group are on the same side of the split: translations of one sentence, say."""
 

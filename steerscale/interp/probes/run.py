@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from steerscale.config import require
 from steerscale.errors import DataError
-from steerscale.interp.control import control_labels
-from steerscale.interp.probe_activations import Encoded, collect, encode_examples, labels_of, types_of
-from steerscale.interp.probe_fit import FitConfig, fit_probe
-from steerscale.interp.probe_labels import Example, split_examples
-from steerscale.interp.probes import KINDS, Probe, score
+from steerscale.interp.probes.activations import Encoded, collect, encode_examples, labels_of, types_of
+from steerscale.interp.probes.control import control_labels
+from steerscale.interp.probes.fit import FitConfig, fit_probe
+from steerscale.interp.probes.labels import Example, split_examples
+from steerscale.interp.probes.probe import KINDS, Probe, score
 from steerscale.language_model import LanguageModel
 from steerscale.models.hook_points import hook_point
 

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from steerscale.errors import DataError
-from steerscale.interp.probe_activations import Encoded, Place
-from steerscale.interp.probe_edit import direction
-from steerscale.interp.probe_fit import FitConfig, fit_probe
-from steerscale.interp.sae_probing import CHUNK, FEW, chunks, distinctive_latents, latent_columns
+from steerscale.interp.probes.activations import Encoded, Place
+from steerscale.interp.probes.edit import direction
+from steerscale.interp.probes.fit import FitConfig, fit_probe
+from steerscale.interp.sae_bench.sparse_probing import CHUNK, FEW, chunks, distinctive_latents, latent_columns
 from steerscale.language_model import LanguageModel
 from steerscale.sae.weights import SAEWeights
 

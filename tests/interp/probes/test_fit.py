@@ -8,9 +8,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from steerscale.errors import ConfigError, DataError
-from steerscale.interp.control import control_labels
-from steerscale.interp.probe_fit import FitConfig, fit_probe, standardise, temperature
-from steerscale.interp.probes import KINDS, Probe, calibration_error, probe_names, read_probe, score, write_probe
+from steerscale.interp.probes.control import control_labels
+from steerscale.interp.probes.fit import FitConfig, fit_probe, standardise, temperature
+from steerscale.interp.probes.probe import KINDS, Probe, calibration_error, probe_names, read_probe, score, write_probe
 
 HOOK, CLASSES = "blocks.1.hook_resid_post", ("a", "b", "c")
 

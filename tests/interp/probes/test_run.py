@@ -11,14 +11,14 @@ import torch
 from steerscale.cli import main
 from steerscale.errors import ConfigError, DataError
 from steerscale.generation import generate
-from steerscale.interp import probe_run
 from steerscale.interp.interventions import capture
-from steerscale.interp.probe_activations import Encoded, Place, collect, encode_examples
-from steerscale.interp.probe_edit import probe_edit
-from steerscale.interp.probe_fit import FitConfig
-from steerscale.interp.probe_labels import Example, Span, read_examples, split_examples, universal_tag
-from steerscale.interp.probe_run import ProbeConfig, expand_hooks, make_task, run_probes
-from steerscale.interp.probes import read_probe
+from steerscale.interp.probes import run as probe_run
+from steerscale.interp.probes.activations import Encoded, Place, collect, encode_examples
+from steerscale.interp.probes.edit import probe_edit
+from steerscale.interp.probes.fit import FitConfig
+from steerscale.interp.probes.labels import Example, Span, read_examples, split_examples, universal_tag
+from steerscale.interp.probes.probe import read_probe
+from steerscale.interp.probes.run import ProbeConfig, expand_hooks, make_task, run_probes
 from steerscale.interp.steering import effect, held_out_loss
 from steerscale.language_model import LanguageModel
 from steerscale.parallel.context import initialize
@@ -128,7 +128,7 @@ def test_words_are_aligned_to_their_tokens() -> None:
 
 
 def test_activations_are_those_of_each_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steerscale.interp.probe_activations.BATCH_TOKENS", 40)
+    monkeypatch.setattr("steerscale.interp.probes.activations.BATCH_TOKENS", 40)
     with initialize(ONE) as context:
         lm = model(context)
         encoded = [

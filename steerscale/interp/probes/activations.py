@@ -12,8 +12,8 @@ import torch
 from steerscale.config import require
 from steerscale.errors import DataError
 from steerscale.interp.interventions import capture
-from steerscale.interp.probe_labels import Example
-from steerscale.interp.probes import POSITIONS
+from steerscale.interp.probes.labels import Example
+from steerscale.interp.probes.probe import POSITIONS
 from steerscale.language_model import LanguageModel
 from steerscale.models.hook_points import hook_point
 

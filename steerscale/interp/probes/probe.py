@@ -1,4 +1,4 @@
-"""Probes: classifiers that read a label from an activation. What they are and how they lie on disk; `probe_fit` makes them.
+"""Probes: classifiers that read a label from an activation. What they are and how they lie on disk; `probes.fit` makes them.
 
 A linear probe is logits = x W' + b. An MLP probe has one hidden layer of ReLUs before that: for contrast, since what only it
 can read is no direction, and it cannot edit.

@@ -1,0 +1,1 @@
+"""Sparse autoencoders side by side on the tasks they are used for."""
