@@ -117,6 +117,8 @@ def patches(source: str) -> Iterator[str]:
             targets = node.args[:1]
         elif isinstance(node, ast.ClassDef):
             targets = [base for base in node.bases if "FunctionMode" in ast.unparse(base)]
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+            targets = [target for target in targets if not isinstance(target, ast.Name)]  # a name of one's own
         for target in targets:
             text = ast.unparse(target)
             if text.endswith("Mode") or text.strip("'\"").startswith(("torch.cuda", "cuda.", "cuda")):
