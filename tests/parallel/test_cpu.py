@@ -117,7 +117,7 @@ def patches(source: str) -> Iterator[str]:
             targets = node.args[:1]
         elif isinstance(node, ast.ClassDef):
             targets = [base for base in node.bases if "FunctionMode" in ast.unparse(base)]
-        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+        if isinstance(node, ast.Assign) and ast.unparse(node.value) != "torch.cuda":
             targets = [target for target in targets if not isinstance(target, ast.Name)]  # a name of one's own
         for target in targets:
             text = ast.unparse(target)
@@ -129,6 +129,7 @@ def patches(source: str) -> Iterator[str]:
     "source",
     [
         "torch.cuda.current_device = lambda: 0",
+        "cuda = torch.cuda",
         "setattr(torch.cuda, 'synchronize', f)",
         "mock.patch('torch.cuda.Stream')",
         "class Redirect(TorchFunctionMode):\n    ...",
