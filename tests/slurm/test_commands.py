@@ -1,5 +1,6 @@
 """`status`, `cancel` and `resubmit` on a real Slurm, with accounting and without; sbatch's refusals."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from steerscale.errors import LaunchError
 from steerscale.jobs.journal import read_journal
 from steerscale.jobs.slurm import query, signal_script
 from steerscale.jobs.submit import submit
-from tests.slurm.testbed import Testbed, call, has_ended, look, on_testbed, wait_for, wait_for_step
+from tests.slurm.testbed import PATIENCE_SECONDS, Testbed, call, has_ended, look, on_testbed, wait_for, wait_for_step
 from tests.train.runs import run_config
 
 
@@ -106,8 +107,15 @@ def test_accounting_knows_what_the_queue_has_forgotten(
     call("scancel", waiting)
     for name in settings:
         assert wait_for(tmp_path / name, has_ended).state == name
+    words = {"cancelled": "CANCELLED", "failed": "FAILED"}
+    for name, word in words.items():
+        # The controller tells the accounting later; killed before that, it has the job written off as cancelled.
+        job, deadline = str(look(tmp_path / name).job), time.monotonic() + PATIENCE_SECONDS
+        while word not in call("sacct", "--allocations", "--noheader", "--jobs", job, "--format", "State"):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
     accounted_testbed.forget()
-    for name, word in (("cancelled", "CANCELLED"), ("failed", "FAILED")):
+    for name, word in words.items():
         one = wait_for(tmp_path / name, lambda one, name=name: one.state == name)  # sacct lags some seconds
         assert one.job is not None
         assert query([one.job])[one.job].state == word
