@@ -18,6 +18,8 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]
 # different chunks than chunks go through the pre-tokenizer. U+001C to U+001F are white space to Python, not to the pattern.
 _CHUNK = re.compile(r"\s*\S+|\s+")
 _DISPUTED = re.compile("[\x1c-\x1f]")
+# Latin letters alone are one word by any version of Unicode: most chunks need no cutting.
+_WHOLE = re.compile(" ?[A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f]+")
 
 
 def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
@@ -64,8 +66,11 @@ def count_words(texts: Iterable[str]) -> dict[bytes, int]:
         else:
             chunks.update(_CHUNK.findall(text))
     cut = pre_tokenizer().pre_tokenize_str
-    words: Counter[str] = Counter()
+    words: Counter[bytes] = Counter()
     for chunk, count in chunks.items():
-        for word, _ in cut(chunk):
-            words[word] += count
-    return dict(sorted((_unspelled(word), count) for word, count in words.items()))
+        if _WHOLE.fullmatch(chunk):
+            words[chunk.encode()] += count
+        else:
+            for word, _ in cut(chunk):
+                words[_unspelled(word)] += count
+    return dict(sorted(words.items()))
