@@ -167,7 +167,7 @@ def _ours(size: Size, directory: Path, pace: Pace) -> list[float]:
 
 
 def _transformers(size: Size, directory: Path, pace: Pace) -> list[float]:
-    from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
     from steerscale.data.dataset import SampleStream
 
@@ -210,7 +210,21 @@ def _transformers(size: Size, directory: Path, pace: Pace) -> list[float]:
             return {"input_ids": tokens[:-1], "shift_labels": tokens[1:], "labels": tokens[:-1]}
 
     losses = Losses()
-    arguments = TrainingArguments(
+    model = LlamaForCausalLM.from_pretrained(directory / "weights", dtype=torch.float32, attn_implementation="sdpa")
+    arguments = _training_arguments(size, directory)
+    trainer = Trainer(model=model, args=arguments, train_dataset=Samples(), callbacks=[losses, Turns()])
+    try:
+        trainer.train()
+    except End:
+        return losses.values
+    raise AssertionError("the trainer ended by itself")
+
+
+def _training_arguments(size: Size, directory: Path) -> Any:
+    """Trainer's settings for the run that `_config` describes."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
         output_dir=str(directory / "trainer"),
         per_device_train_batch_size=size.micro_batch_size,
         gradient_accumulation_steps=size.micro_batches,
@@ -233,13 +247,6 @@ def _transformers(size: Size, directory: Path, pace: Pace) -> list[float]:
         remove_unused_columns=False,
         seed=SEED,
     )
-    model = LlamaForCausalLM.from_pretrained(directory / "weights", dtype=torch.float32, attn_implementation="sdpa")
-    trainer = Trainer(model=model, args=arguments, train_dataset=Samples(), callbacks=[losses, Turns()])
-    try:
-        trainer.train()
-    except End:
-        return losses.values
-    raise AssertionError("the trainer ended by itself")
 
 
 def _products(size: Size, directory: Path, pace: Pace) -> list[float]:
