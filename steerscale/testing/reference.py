@@ -98,10 +98,10 @@ class ReferenceGPT(nn.Module):
         """Logits [B, S, V] without the columns that pad the vocabulary."""
         tokens_BS, positions, mask, rotation = batch.tokens_BS, batch.positions_BS, None, None
         if positions is None:
-            positions = torch.arange(tokens_BS.shape[1]).unsqueeze(0)
+            positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
         if batch.documents_BS is not None:
             same = batch.documents_BS[:, :, None] == batch.documents_BS[:, None, :]
-            mask = (same & torch.ones(same.shape[1:], dtype=torch.bool).tril()).unsqueeze(1)
+            mask = same.tril().unsqueeze(1)
         x_BSM = self.embedding["word_embeddings"](tokens_BS)
         if self.model.position == "learned":
             x_BSM = x_BSM + self.embedding["position_embeddings"](positions)
@@ -120,13 +120,14 @@ def make_norm(model: ModelConfig) -> nn.Module:
 
 def rotation_of(positions_BS: torch.Tensor, head_width: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines [B, 1, S, D / 2] of position x theta^(-2i / D) (Su et al. 2021)."""
-    frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
-    angles = positions_BS[:, None, :, None].float() * frequencies
+    exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions_BS.device) / head_width
+    angles = positions_BS[:, None, :, None].float() * theta**-exponents
     return angles.cos(), angles.sin()
 
 
 def rotate(x_BHSD: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     """Rotate each pair (i, i + D / 2), the layout of GPT-NeoX and Llama."""
+    cosines, sines = cosines.to(x_BHSD.dtype), sines.to(x_BHSD.dtype)
     first, second = x_BHSD.chunk(2, dim=-1)
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
 
