@@ -29,6 +29,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from steerscale.engines.config import EngineConfig
 from steerscale.models.config import ModelConfig
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.planning.flops import Recompute, narayanan_2021_hardware_flops
@@ -146,10 +147,7 @@ def predicted(point: Point, machine: Machine) -> float:
         point.model,
         point.layout,
         machine,
-        precision="bf16",
-        recompute=point.recompute,
-        distributed_optimizer=False,
-        overlap=False,
+        engine=EngineConfig(precision="bf16", recompute=point.recompute, distributed_optimizer=False, overlap=False),
         fused_attention=False,
         split_boundaries=True,
     ).total
@@ -233,9 +231,7 @@ def activation_gib(name: str, sequence: bool, recompute: Recompute) -> float:
         estimate_memory(
             gpt(*KORTHIKANTI[name][:3]),
             korthikanti_layout(name, sequence=sequence),
-            precision="bf16",
-            distributed_optimizer=False,
-            recompute=recompute,
+            engine=EngineConfig(precision="bf16", distributed_optimizer=False, recompute=recompute),
             fused_attention=False,
             stage=0,
         ).activations

@@ -58,17 +58,9 @@ def _memory(config: RunConfig) -> list[str]:
         return []
     layout = config.layout()
     stages = [
-        estimate_memory(
-            config.model,
-            layout,
-            precision=config.engine.precision,
-            distributed_optimizer=config.engine.distributed_optimizer,
-            recompute=config.engine.recompute,
-            stage=stage,
-        )
-        for stage in range(layout.pipeline)
+        estimate_memory(config.model, layout, engine=config.engine, stage=stage) for stage in range(layout.pipeline)
     ]
-    needed = sum(stage.total_gib for stage in stages) * layout.tensor * layout.data
+    needed = sum(stage.total + stage.host for stage in stages) / GIB * layout.tensor * layout.data
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     if needed <= there:
         return []

@@ -172,14 +172,7 @@ def _fullest(config: RunConfig) -> tuple[int, MemoryEstimate]:
 
 
 def _estimate(config: RunConfig, stage: int) -> MemoryEstimate:
-    return estimate_memory(
-        config.model,
-        config.layout(),
-        precision=config.engine.precision,
-        distributed_optimizer=config.engine.distributed_optimizer,
-        recompute=config.engine.recompute,
-        stage=stage,
-    )
+    return estimate_memory(config.model, config.layout(), engine=config.engine, stage=stage)
 
 
 def _describe(config: RunConfig, rank: int, unit: str) -> str:

@@ -8,8 +8,9 @@ from steerscale.errors import ConfigError
 from steerscale.planning.cluster import ClusterConfig
 from steerscale.planning.fit import Fit
 from steerscale.planning.hardware import find_device
-from steerscale.planning.layouts import Plan, Task, plan_layouts, plan_one
+from steerscale.planning.layouts import Plan, plan_layouts, plan_one
 from steerscale.planning.machine import Machine, machine_of, machine_of_cluster
+from steerscale.planning.search import Task
 from steerscale.train.config import RunConfig
 
 NVIDIA = Path("/proc/driver/nvidia/gpus")
@@ -102,12 +103,7 @@ def _advice(config: RunConfig, machine: Machine) -> str:
 
 def plan_run(config: RunConfig, machine: Machine) -> Plan:
     """Memory and predicted time of a checked run with a known vocabulary, on these GPUs."""
-    return plan_one(
-        _task(config, machine),
-        config.layout(),
-        recompute=config.engine.recompute,
-        distributed_optimizer=config.engine.distributed_optimizer,
-    )
+    return plan_one(_task(config, machine), config.layout(), config.engine)
 
 
 def _task(config: RunConfig, machine: Machine) -> Task:
@@ -117,6 +113,5 @@ def _task(config: RunConfig, machine: Machine) -> Task:
         global_batch_size=layout.global_batch_size,
         gpus=layout.world_size,
         machine=machine,
-        precision=config.engine.precision,
-        overlap=config.engine.overlap,
+        engine=config.engine,
     )

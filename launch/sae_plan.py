@@ -134,7 +134,7 @@ def _training(config: RunConfig, stage: int) -> dict[str, int]:
     return sae_bytes(
         [SAEShape(d_in=spec.d_in, d_out=spec.d_out, width=spec.width) for spec in specs],
         layout,
-        distributed_optimizer=config.engine.distributed_optimizer,
+        engine=config.engine,
         averaged=sae.ema > 0,
         buffer_bytes=_buffer_bytes(config) * len(here) // len(sae.all_hooks),
     )

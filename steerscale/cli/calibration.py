@@ -11,8 +11,8 @@ import yaml
 from steerscale.config import from_mapping
 from steerscale.metrics import read_records
 from steerscale.planning.calibration import Calibration, Measurement, calibrate, predicted_memory_gib, predicted_seconds
-from steerscale.planning.layouts import Task
 from steerscale.planning.machine import Machine, machine_mapping
+from steerscale.planning.search import Task
 from steerscale.rundir import read_config
 from steerscale.train.config import RunConfig
 
@@ -61,12 +61,9 @@ def read_measurement(run_dir: Path, machine: Machine) -> Measurement | None:
             global_batch_size=layout.global_batch_size,
             gpus=layout.world_size,
             machine=machine,
-            precision=engine.precision,
-            overlap=engine.overlap,
+            engine=engine,
         ),
         layout=layout,
-        recompute=engine.recompute,
-        distributed_optimizer=engine.distributed_optimizer,
         seconds=statistics.median(record["seconds_per_step"] for record in records),
         memory_gib=max(peaks, default=None),
     )

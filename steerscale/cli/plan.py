@@ -44,7 +44,9 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="what --calibrate wrote: efficiency, and without --gpu all else",
     )
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16")
+    add("--engine", choices=("megatron", "deepspeed"), default="megatron", help="default: megatron")
+    add("--precision", choices=("bf16", "fp32", "fp16"), help="default: bf16; fp16 is DeepSpeed's only")
+    add("--offload-optimizer", action="store_true", help="DeepSpeed: keep the optimizer's state in the host's memory")
     add("--vocab-size", type=int, metavar="N", help=f"tokens, where the model's file does not say (else {VOCABULARY})")
     add("--seq-len", type=int, metavar="N", help="tokens a sequence, if not as in the model's file")
     limits = parser.add_argument_group("what is searched (default: everything)")
@@ -58,7 +60,9 @@ def add_parser(subparsers: Any) -> None:
         limits.add_argument(f"--{name}", type=_list_of(int), metavar="N,...", help=what)
     limits.add_argument("--sequence", type=_list_of(_switch), metavar="on,off", help="sequence parallelism")
     limits.add_argument("--recompute", type=_list_of(_mode), metavar="none,selective,full")
-    limits.add_argument("--distributed-optimizer", type=_list_of(_switch), metavar="on,off", help="ZeRO-1")
+    limits.add_argument(
+        "--zero", type=_list_of(int), metavar="N,...", help="ZeRO stages: 0, 1; of DeepSpeed 2 and 3 as well"
+    )
     limits.add_argument("--unfused-attention", action="store_true", help="an attention that stores its scores")
     add("--top", type=int, default=10, metavar="N", help="layouts to show (default: %(default)s)")
     add("--rejected", action="store_true", help="list each rejected layout with its numbers")
@@ -84,8 +88,10 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--{key.replace('_', '-')} is missing: steerscale plan needs it, see steerscale plan --help"
             )
-    from steerscale.planning.layouts import Search, Task, plan_layouts
+    from steerscale.engines.config import EngineConfig
+    from steerscale.planning.layouts import plan_layouts
     from steerscale.planning.report import format_plan
+    from steerscale.planning.search import Search, Task
 
     assumptions: list[str] = []
     model = load_model(args.model, assumptions=assumptions, seq_len=args.seq_len, vocab_size=args.vocab_size)
@@ -95,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         global_batch_size=args.global_batch_size,
         gpus=args.gpus,
         machine=_machine(args, precision, assumptions),
-        precision=precision,
+        engine=EngineConfig(name=args.engine, precision=precision, offload_optimizer=args.offload_optimizer),
         fused_attention=not args.unfused_attention,
     )
     search = Search(
@@ -106,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
         gradient_accumulation_steps=args.gas,
         sequence=args.sequence,
         recompute=args.recompute,
-        distributed_optimizer=args.distributed_optimizer,
+        zero=args.zero,
     )
     planned = plan_layouts(task, search)
     if not args.json:
@@ -119,6 +125,7 @@ def run(args: argparse.Namespace) -> None:
         "machine": to_mapping(task.machine),
         "gpus": args.gpus,
         "global_batch_size": args.global_batch_size,
+        "engine": args.engine,
         "precision": precision,
         "assumptions": assumptions,
         "fitting": len(planned.plans),

@@ -192,13 +192,7 @@ def predicted_memory_gib(config: dict[str, Any]) -> float | None:
         engine = from_mapping(EngineConfig, config.get("engine") or {})
         if layout is None or model.vocab_size is None:
             return None
-        return estimate_memory(
-            model,
-            layout,
-            precision=engine.precision,
-            distributed_optimizer=engine.distributed_optimizer,
-            recompute=engine.recompute,
-        ).total_gib
+        return estimate_memory(model, layout, engine=engine).total_gib
     except ConfigError:
         return None
 

@@ -67,9 +67,6 @@ class EngineConfig:
             self.distributed_optimizer or not stage,
             f"engine.zero_stage={stage} shards the optimizer state and engine.distributed_optimizer=false does not: give one",
         )
-        if stage is not None:
-            # The planner and the memory check know this key only.
-            object.__setattr__(self, "distributed_optimizer", stage >= 1)
         if self.zero != 0:
             return
         require(

@@ -81,7 +81,13 @@ class DeepSpeedEngine:
     ) -> None:
         self.context, self.optim, self.shards = context, optim, list(shards)
         self.unwrapped: Sequence[torch.nn.Module] = [module]
-        self.ds_config = ds_config(engine, optim, context.layout, on_cuda=context.device.type == "cuda")
+        self.ds_config = ds_config(
+            engine,
+            optim,
+            context.layout,
+            parameters=sum(parameter.numel() for _, parameter in self.shards),
+            on_cuda=context.device.type == "cuda",
+        )
         self._zero, self._tokens, self._num_reported = engine.zero, tokens, num_reported
         with ExitStack() as undo:
             self._library = undo.enter_context(deepspeed_library(context))

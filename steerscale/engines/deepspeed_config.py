@@ -11,16 +11,21 @@ from typing import Any
 from steerscale.engines.config import EngineConfig
 from steerscale.optim import OptimConfig
 from steerscale.parallel.layout import ParallelLayout
+from steerscale.planning.states import bucket_elements
 from steerscale.rundir import write_text
 
 FILE = "ds_config.json"
 
 
-def ds_config(engine: EngineConfig, optim: OptimConfig, layout: ParallelLayout, *, on_cuda: bool) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given."""
+def ds_config(
+    engine: EngineConfig, optim: OptimConfig, layout: ParallelLayout, *, parameters: int, on_cuda: bool
+) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given on a rank with so many parameters."""
     zero: dict[str, Any] = {"stage": engine.zero, "overlap_comm": engine.overlap and on_cuda and layout.pipeline == 1}
     if engine.zero:
-        zero.update(contiguous_gradients=True, reduce_scatter=on_cuda)
+        # DeepSpeed allocates the bucket whole: one larger than the rank's gradients would be memory for nothing.
+        bucket = bucket_elements(parameters)
+        zero.update(contiguous_gradients=True, reduce_scatter=on_cuda, reduce_bucket_size=bucket)
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_cuda}
     config: dict[str, Any] = {
@@ -38,6 +43,7 @@ def ds_config(engine: EngineConfig, optim: OptimConfig, layout: ParallelLayout, 
     if engine.precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"  # else gradients are reduced in bf16
     if engine.precision == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
     return config

@@ -18,6 +18,7 @@ OURS_ALREADY = {
     "zero_optimization.contiguous_gradients": "set by steerscale",
     "zero_optimization.reduce_scatter": "set by steerscale",
     "zero_optimization.allgather_partitions": "set by steerscale",
+    "zero_optimization.reduce_bucket_size": "set by steerscale: 5e8, or the rank's parameters if these are fewer",
     "optimizer.params.torch_adam": "the optimizer is torch's AdamW",
     "optimizer.params.adam_w_mode": "weight decay is decoupled",
     "bf16.check_grad_overflow": "steps whose gradients are not finite are skipped",
@@ -30,6 +31,7 @@ HINTS = {
     "fp16.loss_scale": "only dynamic loss scaling (0)",
     "csv_monitor": "metrics.jsonl has every record",
     "data_types": "gradients are accumulated in fp32",
+    "communication_data_type": "gradients are reduced in fp32, those of fp16 in fp16",
     "scheduler.params.warmup_type": "the warm-up is linear",
     "scheduler.params.warmup_min_lr": "the warm-up begins at 0",
 }
@@ -113,6 +115,8 @@ def _precision(pop: Pop, values: dict[str, Any], found: Imported) -> None:
         pop("fp16.loss_scale")
     if values.get("data_types.grad_accum_dtype") in ("fp32", None):
         pop("data_types.grad_accum_dtype", None)
+    if values.get("communication_data_type") == "fp32" and precision != "fp16":
+        pop("communication_data_type")
     if precision != "fp16":
         for key in [key for key in values if key.startswith("fp16.")]:
             found.already[key] = "fp16 is off"

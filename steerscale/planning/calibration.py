@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from steerscale.errors import ConfigError
 from steerscale.parallel.layout import ParallelLayout
-from steerscale.planning.flops import Recompute
-from steerscale.planning.layouts import Task, plan_one
+from steerscale.planning.layouts import plan_one
 from steerscale.planning.machine import Efficiency, Machine
+from steerscale.planning.search import Task
 
 ORDER = ("matmul", "network", "layer_seconds", "collective_seconds", "memory", "attention")
 """Constants in the order in which they are fitted: two runs a constant, so that the rest stay as they are."""
@@ -26,10 +26,8 @@ class Measurement:
 
     name: str
     task: Task
-    """Model, batch and ranks; its machine is not looked at."""
+    """Model, batch, ranks and engine; its machine is not looked at."""
     layout: ParallelLayout
-    recompute: Recompute
-    distributed_optimizer: bool
     seconds: float
     """Measured, of one iteration."""
     memory_gib: float | None = None
@@ -82,15 +80,12 @@ def calibrate(machine: Machine, runs: Sequence[Measurement], *, constants: Seque
 def predicted_seconds(machine: Machine, run: Measurement) -> float:
     """Time of an iteration of `run` on `machine`."""
     task = replace(run.task, machine=machine)
-    return plan_one(
-        task, run.layout, recompute=run.recompute, distributed_optimizer=run.distributed_optimizer
-    ).time.total
+    return plan_one(task, run.layout, task.engine).time.total
 
 
 def predicted_memory_gib(run: Measurement) -> float:
     """What the fullest rank of `run` is estimated to hold, without what its device keeps for itself."""
-    planned = plan_one(run.task, run.layout, recompute=run.recompute, distributed_optimizer=run.distributed_optimizer)
-    return planned.fit.memory.total_gib
+    return plan_one(run.task, run.layout, run.task.engine).fit.memory.total_gib
 
 
 def _errors(machine: Machine, runs: Sequence[Measurement]) -> dict[str, float]:

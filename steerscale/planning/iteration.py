@@ -12,12 +12,14 @@ traffic on a link. Left out: loading data, logging, checkpoints, stragglers, and
 
 from dataclasses import dataclass, fields
 
+from steerscale.engines.config import EngineConfig
 from steerscale.models.config import ModelConfig
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.planning.flops import Recompute, forward_flops_per_token
 from steerscale.planning.hardware import Precision
 from steerscale.planning.machine import Machine, group_bandwidth
-from steerscale.planning.memory import FP32_BYTES, MASK_BYTES, WEIGHT_BYTES, shard_parameters
+from steerscale.planning.memory import MASK_BYTES, shard_parameters
+from steerscale.planning.states import FP32_BYTES, WEIGHT_BYTES, reduction_bytes
 
 FUSED_ATTENTION_BACKWARD = 2.5
 """Products of a fused attention's backward pass to those of its forward pass: the scores are computed again."""
@@ -83,10 +85,7 @@ def predict_iteration(
     layout: ParallelLayout,
     machine: Machine,
     *,
-    precision: Precision,
-    recompute: Recompute,
-    distributed_optimizer: bool,
-    overlap: bool = True,
+    engine: EngineConfig,
     fused_attention: bool = True,
     split_boundaries: bool = False,
 ) -> IterationTime:
@@ -95,16 +94,15 @@ def predict_iteration(
     Args:
         model: with a known vocabulary.
         layout: must fit the model; not checked again.
-        precision: of weights and products, the one that `machine.peak_tflops` is for.
-        recompute: what the backward pass repeats.
-        distributed_optimizer: reduce-scatter and all-gather over the replicas, AdamW on a share; else an all-reduce.
-        overlap: gradient reduction runs beside the last backward pass, parameter gathering beside the first forward
-            pass, and the interleaved schedule's sends beside computation.
+        engine: its precision must be the one that `machine.peak_tflops` is for. With `overlap`, on machines that can, gradient
+            reduction runs beside the last backward pass, parameter gathering beside the first forward pass, and the
+            interleaved schedule's sends beside computation; of DeepSpeed's see `_deepspeed_data_parallel`.
         fused_attention: PyTorch's SDPA; False for an attention that stores its scores and computes the masked half.
         split_boundaries: tensor ranks send a part of the boundary each and gather it (SC21, section 4.1), as Megatron-LM
             did; Megatron-Core does so under sequence parallelism only.
     """
-    forward, backward = _layer(model, layout, machine, precision, recompute, fused_attention)
+    precision, overlap = engine.precision, engine.overlap and machine.overlaps
+    forward, backward = _layer(model, layout, machine, precision, engine.recompute, fused_attention)
     p, v, m = layout.pipeline, layout.virtual_pipeline, layout.gradient_accumulation_steps
     layers = model.num_layers // p
     last = shard_parameters(model, layout, layout.world_size - 1)
@@ -120,14 +118,15 @@ def predict_iteration(
     sends = 2 * m * v * (machine.efficiency.collective_seconds if v > 1 and overlap else boundary) if p > 1 else 0.0
     hidden = (forward.times(layers / v).total, backward.times(layers / v).total) if overlap else (0.0, 0.0)
     held = max(first, last)
+    data_parallel = _deepspeed_data_parallel if engine.name == "deepspeed" else _data_parallel
     return IterationTime(
         matmul=m * slowest.matmul,
         memory_traffic=m * slowest.traffic,
         tensor_communication=m * slowest.communication,
         pipeline_communication=sends,
         bubble=others / v + (2 * boundary * (p - 1) if p > 1 else 0.0),
-        data_communication=_data_parallel(layout, machine, precision, held, distributed_optimizer, hidden),
-        optimizer=_optimizer(layout, machine, held, distributed_optimizer),
+        data_communication=data_parallel(layout, machine, engine, held, hidden),
+        optimizer=_optimizer(layout, machine, held, engine),
     )
 
 
@@ -225,12 +224,7 @@ def _boundary(
 
 
 def _data_parallel(
-    layout: ParallelLayout,
-    machine: Machine,
-    precision: Precision,
-    parameters: int,
-    distributed_optimizer: bool,
-    hidden: tuple[float, float],
+    layout: ParallelLayout, machine: Machine, engine: EngineConfig, parameters: int, hidden: tuple[float, float]
 ) -> float:
     """Gradients (fp32) reduced, and with the distributed optimizer parameters gathered, less what is hidden.
 
@@ -239,19 +233,42 @@ def _data_parallel(
     """
     size, stride = layout.data, layout.tensor
     forward, backward = hidden
-    if not distributed_optimizer:
+    if not engine.zero:
         reduced = _ring(machine, FP32_BYTES * parameters, size=size, stride=stride, passes=2)
         return max(reduced - backward, 0.0)
     scattered = _ring(machine, FP32_BYTES * parameters, size=size, stride=stride, passes=1)
-    gathered = _ring(machine, WEIGHT_BYTES[precision] * parameters, size=size, stride=stride, passes=1)
+    gathered = _ring(machine, WEIGHT_BYTES[engine.precision] * parameters, size=size, stride=stride, passes=1)
     return max(scattered - backward, 0.0) + max(gathered - forward, 0.0)
 
 
-def _optimizer(layout: ParallelLayout, machine: Machine, parameters: int, distributed_optimizer: bool) -> float:
-    owned = parameters / (layout.data if distributed_optimizer else 1)
-    return (OPTIMIZER_TRAFFIC * owned + FP32_BYTES * parameters) / _bytes_per_second(
-        machine
-    )  # and gradients are zeroed
+def _deepspeed_data_parallel(
+    layout: ParallelLayout, machine: Machine, engine: EngineConfig, parameters: int, hidden: tuple[float, float]
+) -> float:
+    """As `_data_parallel`, of DeepSpeed.
+
+    ZeRO-0 to 2 all-reduce gradients, so with the gathered parameters they move 3 N where the paper's ZeRO moves 2 N;
+    ZeRO-2 does it for each micro-batch. ZeRO-3 gathers parameters in each micro-batch's forward and backward pass and
+    reduce-scatters its gradients: 3 N a micro-batch (arXiv 1910.02054, section 7.2.2). Beside computation run: with ZeRO-3 all
+    of it, with ZeRO-1 and 2 the reduction, unless there are several stages or it is ZeRO-1 in bf16.
+    """
+    size, stride, m = layout.data, layout.tensor, layout.gradient_accumulation_steps
+    forward, backward = hidden
+    reduction = reduction_bytes(engine.precision) * parameters
+    gathered = _ring(machine, WEIGHT_BYTES[engine.precision] * parameters, size=size, stride=stride, passes=1)
+    if engine.zero == 3:
+        scattered = _ring(machine, reduction, size=size, stride=stride, passes=1)
+        return m * (max(gathered - forward, 0.0) + max(gathered + scattered - backward, 0.0))
+    reduced = _ring(machine, reduction, size=size, stride=stride, passes=2)
+    if engine.zero == 2:
+        return m * max(reduced - backward, 0.0) + gathered
+    overlaps = engine.zero == 1 and engine.precision != "bf16" and layout.pipeline == 1
+    return max(reduced - (backward if overlaps else 0.0), 0.0) + (gathered if engine.zero else 0.0)
+
+
+def _optimizer(layout: ParallelLayout, machine: Machine, parameters: int, engine: EngineConfig) -> float:
+    """AdamW on this rank's share, gradients zeroed. An optimizer on the host is not timed: that is its CPU's to say."""
+    owned = 0.0 if engine.offload_optimizer else parameters / (layout.data if engine.zero else 1)
+    return (OPTIMIZER_TRAFFIC * owned + FP32_BYTES * parameters) / _bytes_per_second(machine)
 
 
 def _product(machine: Machine, *, flops: float, moved: float) -> _Pass:

@@ -1,24 +1,21 @@
 """Estimated memory of one rank, and the exact number of parameters it holds.
 
-States follow Megatron-Core's mixed precision, activations Korthikanti et al. 2022 (arXiv 2205.05198), section 4, freed
-of its assumptions (16-bit, f = 4h, g = a, dropout everywhere). What a device needs beside this (CUDA context, NCCL,
+States are the engine's (`planning.states`), activations Korthikanti et al. 2022 (arXiv 2205.05198), section 4, freed of
+its assumptions (16-bit, f = 4h, g = a, dropout everywhere). What a device needs beside this (CUDA context, NCCL,
 fragmentation) is in `planning.fit`.
 """
 
 from dataclasses import dataclass
 
+from steerscale.engines.config import EngineConfig
 from steerscale.models.config import ModelConfig
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.planning.flops import Recompute
 from steerscale.planning.hardware import Precision
+from steerscale.planning.states import FP32_BYTES, WEIGHT_BYTES, model_states
 
 GIB = 2**30
 MASK_BYTES = 1
-FP32_BYTES = 4
-WEIGHT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Adam's two moments in fp32 and, where the weights have 16 bits, their fp32 main copy.
-OPTIMIZER_BYTES: dict[Precision, int] = {"fp32": 8, "bf16": 12, "fp16": 12}
-
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 """Fields of `MemoryEstimate` that add up to its total."""
@@ -48,15 +45,17 @@ class MemoryEstimate:
     weights: int
     """Parameters in the precision of the products."""
     gradients: int
-    """Accumulated in fp32; the distributed optimizer keeps them whole."""
+    """Whole, or with ZeRO-2 and 3 this replica's part."""
     optimizer: int
-    """Moments and main parameters; the distributed optimizer shares them out over the data-parallel ranks."""
+    """Moments and main parameters; with ZeRO this replica's part; 0 if they are on the host."""
     activations: int
     """Kept for the backward passes of all micro-batches in flight."""
     logits: int
     """fp32 logits of one micro-batch, on the last stage."""
     buffers: int
-    """Short-lived: gathered sequences, received boundaries, and what a backward pass holds for a moment."""
+    """Short-lived: gathered sequences, received boundaries, what a backward pass holds for a moment, DeepSpeed's buckets."""
+    host: int = 0
+    """Bytes in the host's memory, of an offloaded optimizer; not in the total."""
 
     @property
     def total(self) -> int:
@@ -113,45 +112,49 @@ def estimate_memory(
     model: ModelConfig,
     layout: ParallelLayout,
     *,
-    precision: Precision,
-    distributed_optimizer: bool,
-    recompute: Recompute,
+    engine: EngineConfig,
     fused_attention: bool = True,
     stage: int | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of a rank of pipeline stage `stage`; None: of the fullest stage.
 
-    States take 18 bytes a parameter in bf16 and 16 in fp32; the distributed optimizer divides 12 (8) of them by DP.
-    Activations are `layer_activation_bytes` of L/(p v) layers for each chunk in flight, plus, under recomputation, what
-    one layer rebuilds for its own backward pass.
+    States are `states.model_states`: Megatron-Core's take 18 bytes a parameter in bf16 and 16 in fp32, of which its
+    distributed optimizer divides 12 (8) by DP. Activations are `layer_activation_bytes` of L/(p v) layers for each chunk in
+    flight, plus, under recomputation, what one layer rebuilds for its own backward pass.
 
     Args:
         model: with a known vocabulary.
         layout: must fit the model, or LayoutError is raised.
-        precision: of weights and activations.
-        distributed_optimizer: ZeRO-1 over the data-parallel ranks.
-        recompute: what is not kept but computed again.
+        engine: its precision, its recomputation, and what it shares out over the replicas.
         fused_attention: PyTorch's SDPA keeps no scores; False for an attention that stores them.
         stage: pipeline stage; LayoutError if there is none of this number.
     """
+    precision = engine.precision
+    modes: tuple[Recompute, Recompute] = (engine.recompute, "none")
     kept, whole = (
         layer_activation_bytes(model, layout, precision=precision, recompute=mode, fused_attention=fused_attention)
-        for mode in (recompute, "none")
+        for mode in modes
     )
     layers = model.num_layers // (layout.pipeline * layout.virtual_pipeline)
-    owners = layout.data if distributed_optimizer else 1
     logits = FP32_BYTES * _tokens(model, layout) * model.padded_vocab // layout.tensor
 
     def on(index: int) -> MemoryEstimate:
-        parameters = shard_parameters(model, layout, layout.tensor * layout.data * index)
+        states = model_states(
+            shard_parameters(model, layout, layout.tensor * layout.data * index),
+            replicas=layout.data,
+            engine=engine,
+            accumulates=layout.gradient_accumulation_steps > 1,
+            pipeline=layout.pipeline > 1,
+        )
         outer = _outer_activation_bytes(model, layout, precision=precision, stage=index)
         return MemoryEstimate(
-            weights=WEIGHT_BYTES[precision] * parameters,
-            gradients=FP32_BYTES * parameters,
-            optimizer=OPTIMIZER_BYTES[precision] * parameters // owners,
+            weights=states.weights,
+            gradients=states.gradients,
+            optimizer=states.optimizer,
             activations=layers * chunks_in_flight(layout, index) * kept + (whole - kept) + outer,
             logits=logits if index == layout.pipeline - 1 else 0,
-            buffers=buffer_bytes(model, layout, precision=precision, stage=index),
+            buffers=states.buffers + buffer_bytes(model, layout, precision=precision, stage=index),
+            host=states.host,
         )
 
     # The first stage has the embeddings and the most micro-batches in flight: only the last one can have more.
@@ -165,8 +168,7 @@ def buffer_bytes(model: ModelConfig, layout: ParallelLayout, *, precision: Preci
     Under sequence parallelism the gathered sequence and the one being scattered, `s b h` each; between stages a received
     boundary and a received gradient. In a backward pass the gradients before and behind the widest product of a layer
     and that of its weight before it is accumulated; on the last stage, if that is more, the logits' other copy (their
-    gradient) and the head's weight gradient. Gradients are reduced and parameters gathered in place, bucket by bucket
-    in the buffers that hold them: no buffer of their own.
+    gradient) and the head's weight gradient. What reducing gradients takes is in `states.model_states`.
     """
     unit, t, h = WEIGHT_BYTES[precision], layout.tensor, model.d_model
     width = unit * _tokens(model, layout) * h

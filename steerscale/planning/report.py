@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from textwrap import fill
 
-from steerscale.planning.layouts import Plan, Planned, Task
+from steerscale.planning.layouts import Plan, Planned, sharding_name
 from steerscale.planning.memory import GIB
+from steerscale.planning.search import Task
 
 COLUMNS = ("#", "layout", "recompute", "optimizer", "s/iter", "tok/s/GPU", "TFLOP/s", "MFU", "bubble", "comm.", "GiB")
 
@@ -34,7 +35,7 @@ def _header(task: Task) -> list[str]:
     model, machine = task.model, task.machine
     return [
         f"model      {model.num_parameters() / 1e9:,.2f} B parameters: {model.num_layers} layers of width "
-        f"{model.d_model:,}, {model.seq_len:,} tokens, vocabulary {model.tokens:,}; {task.precision}",
+        f"{model.d_model:,}, {model.seq_len:,} tokens, vocabulary {model.tokens:,}; {task.engine.precision}",
         f"machine    {task.gpus:,} x {machine.name} of {machine.memory_gib:g} GiB, {machine.gpus_per_node} a node; "
         f"{machine.intra_node_gb_per_second:g} GB/s within, {machine.inter_node_gb_per_second:g} GB/s between nodes "
         "(a GPU, one direction)",
@@ -63,8 +64,8 @@ def _row(number: int, plan: Plan) -> tuple[str, ...]:
     return (
         str(number),
         str(plan.layout),
-        plan.recompute,
-        "ZeRO-1" if plan.distributed_optimizer else "whole",
+        plan.engine.recompute,
+        sharding_name(plan.engine),
         f"{time.total:.3g}",
         f"{rates.tokens_per_second_per_gpu:,.0f}",
         f"{rates.model_tflops_per_gpu:.3g}",
@@ -84,6 +85,11 @@ def _best(plan: Plan) -> list[str]:
         f"time       {plan.time.total:.3g} s: {spent}",
         f"memory     GiB of the fullest rank, {sum(parts.values()):.1f} of {plan.fit.device_gib:g}:",
         *(f"  {name:<12}{gib:>8.2f}" for name, gib in parts.items()),
+        *(
+            [f"  and {plan.fit.memory.host / GIB:.2f} of the host's memory for its optimizer"]
+            if plan.fit.memory.host
+            else []
+        ),
         "to run it",
         fill(
             f"  python -m launch.train {' '.join(plan.overrides())}",

@@ -4,12 +4,14 @@ Left out, as in `planning.memory`: the CUDA context, NCCL's buffers and fragment
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from steerscale.engines.config import EngineConfig
 from steerscale.models.config import ModelConfig
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.planning.hardware import Precision
-from steerscale.planning.memory import FP32_BYTES, WEIGHT_BYTES, shard_parameters
+from steerscale.planning.memory import shard_parameters
+from steerscale.planning.states import FP32_BYTES, WEIGHT_BYTES, model_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,23 +48,30 @@ def sae_bytes(
     saes: Sequence[SAEShape],
     layout: ParallelLayout,
     *,
-    distributed_optimizer: bool,
+    engine: EngineConfig,
     averaged: bool,
     buffer_bytes: int,
 ) -> dict[str, int]:
     """Of a rank that holds its shard of these SAEs: states in fp32, its part of the buffer, a micro-batch's latents.
 
     Args:
+        engine: what it shares out over the replicas.
         averaged: an average of the weights is kept as well.
         buffer_bytes: of the shuffle buffer of all ranks together.
     """
     held = sum(sae.parameters for sae in saes) // layout.tensor
-    owners = layout.data if distributed_optimizer else 1
+    # Parameters are float32 whatever the products are computed in, and nothing overlaps.
+    states = model_states(
+        held,
+        replicas=layout.data,
+        engine=replace(engine, precision="fp32", overlap=False),
+        accumulates=layout.gradient_accumulation_steps > 1,
+    )
     latents = max((sae.width for sae in saes), default=0) // layout.tensor
     return {
-        "SAEs": held * FP32_BYTES * (2 if averaged else 1),
-        "gradients": held * FP32_BYTES,
-        "optimizer": 2 * held * FP32_BYTES // owners,
+        "SAEs": states.weights + (held * FP32_BYTES if averaged else 0),
+        "gradients": states.gradients + states.buffers,
+        "optimizer": states.optimizer,
         "latents": 2 * layout.micro_batch_size * latents * FP32_BYTES,
         "buffer": buffer_bytes // (layout.tensor * layout.data),
     }

@@ -135,9 +135,7 @@ def _report(
         data_wait = seconds
     mean = sum(steps) / len(steps)
     loss = train[min(int(share * len(train)), len(train) - 1)]["loss"] * (1.1 - 0.02 * model.num_layers / 8)
-    memory = estimate_memory(
-        model, layout, precision="bf16", distributed_optimizer=True, recompute=recompute
-    ).total_gib  # fmt: skip
+    memory = estimate_memory(model, layout, engine=config.engine).total_gib
     return {
         "loss": loss + 0.02 * chance.gauss(0, 1),
         "grad_norm": 1.0,

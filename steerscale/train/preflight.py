@@ -182,13 +182,7 @@ def _planned_gib(config: RunConfig) -> float | None:
     """Memory of the fullest rank by the plan; None for SAEs, of which the planner knows nothing."""
     if config.sae is not None:
         return None
-    return estimate_memory(
-        config.model,
-        config.layout(),
-        precision=config.engine.precision,
-        distributed_optimizer=config.engine.distributed_optimizer,
-        recompute=config.engine.recompute,
-    ).total_gib
+    return estimate_memory(config.model, config.layout(), engine=config.engine).total_gib
 
 
 def _versions(device: torch.device) -> dict[str, str]:

@@ -57,12 +57,12 @@ def test_plan_json_holds_what_the_text_shows(capsys: pytest.CaptureFixture[str])
 
 
 def test_plan_searches_what_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    limits = "--tp 4 --pp 1,2 --vpp 1 --mbs 2 --gas 64,128 --sequence off --recompute none --distributed-optimizer on"
+    limits = "--tp 4 --pp 1,2 --vpp 1 --mbs 2 --gas 64,128 --sequence off --recompute none --zero 1"
     found = answer(capsys, *CASE, *limits.split())
     layouts = [plan["layout"] for plan in found["plans"]]
     assert {(layout["tensor"], layout["pipeline"]) for layout in layouts} == {(4, 1), (4, 2)}
     assert all(layout["gradient_accumulation_steps"] in (64, 128) for layout in layouts)
-    assert all(not layout["sequence"] and layout["distributed_optimizer"] for layout in layouts)
+    assert all(not layout["sequence"] and layout["zero"] == 1 for layout in layouts)
 
 
 def test_plan_says_what_is_nearest_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,13 @@ from dataclasses import replace
 
 import pytest
 
+from steerscale.engines.config import EngineConfig
 from steerscale.errors import ConfigError
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.planning.calibration import Measurement, calibrate, predicted_memory_gib, predicted_seconds
-from steerscale.planning.layouts import Task
 from steerscale.planning.machine import Efficiency, machine_of
 from steerscale.planning.memory import estimate_memory
+from steerscale.planning.search import Task
 from tests.planning.shapes import gpt3
 
 H200 = machine_of("h200")
@@ -37,9 +38,7 @@ def measurements(efficiency: Efficiency) -> list[Measurement]:
             gradient_accumulation_steps=64 // (data * size),
         )
         task = Task(model=MODEL, global_batch_size=64, gpus=8, machine=H200)
-        run = Measurement(
-            name=f"{layout}", task=task, layout=layout, recompute="none", distributed_optimizer=True, seconds=1.0
-        )
+        run = Measurement(name=f"{layout}", task=task, layout=layout, seconds=1.0)
         runs.append(replace(run, seconds=predicted_seconds(truth, run)))
     return runs
 
@@ -72,5 +71,5 @@ def test_calibrate_needs_a_measured_time() -> None:
 
 def test_predicted_memory_is_the_estimate() -> None:
     run = measurements(Efficiency())[0]
-    estimate = estimate_memory(MODEL, run.layout, precision="bf16", distributed_optimizer=True, recompute="none")
+    estimate = estimate_memory(MODEL, run.layout, engine=EngineConfig(precision="bf16"))
     assert predicted_memory_gib(run) == estimate.total_gib

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.planner_accuracy import fit_matmul, memory, predicted, published_times
+from steerscale.engines.config import EngineConfig
 from steerscale.models.config import ModelConfig
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.planning.flops import hardware_flops
@@ -26,8 +27,9 @@ COMPUTE_ONLY = Machine(
 
 
 def predict(layout: ParallelLayout, machine: Machine, model: ModelConfig = MODEL, **changes) -> IterationTime:
-    options = {"precision": "bf16", "recompute": "none", "distributed_optimizer": True, "overlap": False, **changes}
-    return predict_iteration(model, layout, machine, **options)
+    split = changes.pop("split_boundaries", False)
+    engine = EngineConfig(**{"precision": "bf16", "overlap": False, **changes})
+    return predict_iteration(model, layout, machine, engine=engine, split_boundaries=split)
 
 
 @pytest.mark.parametrize("model", [MODEL, TEUKEN_LIKE], ids=["gpt", "gqa-swiglu"])

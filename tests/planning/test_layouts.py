@@ -5,9 +5,10 @@ import pytest
 from steerscale.errors import ConfigError
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.planning.flops import Recompute
-from steerscale.planning.layouts import Planned, Search, Task, plan_layouts, plan_one
+from steerscale.planning.layouts import Planned, plan_layouts, plan_one
 from steerscale.planning.machine import machine_of
 from steerscale.planning.memory import GIB
+from steerscale.planning.search import Search, Task
 from tests.planning.shapes import LEAST_RECOMPUTATION, gpt3
 
 SMALL = Task(model=gpt3(24, 2048), global_batch_size=64, gpus=8, machine=machine_of("a100-sxm-40gb"))
@@ -39,8 +40,8 @@ def test_plan_layouts_tries_every_split_of_the_gpus() -> None:
         layout.check_model(SMALL.model)
         assert plan.fit.memory.total_gib <= 36
     assert {plan.layout.sequence for plan in planned.plans if plan.layout.tensor > 1} == {False, True}
-    assert {plan.recompute for plan in planned.plans} == {"none", "full"}
-    assert {plan.distributed_optimizer for plan in planned.plans if plan.layout.data > 1} == {False, True}
+    assert {plan.engine.recompute for plan in planned.plans} == {"none", "full"}
+    assert {plan.engine.zero for plan in planned.plans if plan.layout.data > 1} == {0, 1}
 
 
 def test_plans_come_in_the_order_of_their_times() -> None:
@@ -101,7 +102,7 @@ def test_search_limits_what_is_tried() -> None:
         gradient_accumulation_steps=[16],
         sequence=[True],
         recompute=["full"],
-        distributed_optimizer=[True],
+        zero=[1],
     )
     (plan,) = plan_layouts(SMALL, search).plans
     assert str(plan) == "TP2+SP PP2 DP2 MBS2 GAS16 ZeRO-1 recompute full"
@@ -110,7 +111,7 @@ def test_search_limits_what_is_tried() -> None:
 
 def test_selective_recomputation_is_tried_where_scores_are_stored() -> None:
     planned = plan_layouts(replace(SMALL, fused_attention=False))
-    assert {plan.recompute for plan in planned.plans} == {"none", "selective", "full"}
+    assert {plan.engine.recompute for plan in planned.plans} == {"none", "selective", "full"}
 
 
 def test_overrides_compose_to_the_layout() -> None:
@@ -118,7 +119,7 @@ def test_overrides_compose_to_the_layout() -> None:
     values = dict(override.split("=") for override in plan.overrides())
     assert int(values["parallel.tensor"]) == plan.layout.tensor
     assert values["parallel.global_batch_size"] == "64"
-    assert values["engine.recompute"] == plan.recompute
+    assert values["engine.recompute"] == plan.engine.recompute
 
 
 def test_tensor_group_beyond_the_node_is_noted_and_slower() -> None:
@@ -127,7 +128,7 @@ def test_tensor_group_beyond_the_node_is_noted_and_slower() -> None:
     def plan(tensor: int, gpus_per_node: int):
         on = replace(task, machine=replace(task.machine, gpus_per_node=gpus_per_node))
         layout = ParallelLayout(tensor=tensor, data=8 // tensor, gradient_accumulation_steps=8 * tensor)
-        return plan_one(on, layout, recompute="none", distributed_optimizer=True)
+        return plan_one(on, layout, on.engine)
 
     assert plan(8, 4).notes == ["TP8 leaves the node of 4"]
     assert plan(4, 4).notes == plan(8, 8).notes == []
@@ -139,9 +140,9 @@ def test_overlap_needs_a_run_and_a_machine_that_can() -> None:
     layout = ParallelLayout(data=8, gradient_accumulation_steps=8)
 
     def exposed(task: Task) -> float:
-        return plan_one(task, layout, recompute="none", distributed_optimizer=True).time.data_communication
+        return plan_one(task, layout, task.engine).time.data_communication
 
-    without = exposed(replace(SMALL, overlap=False))
+    without = exposed(replace(SMALL, engine=replace(SMALL.engine, overlap=False)))
     assert exposed(SMALL) < without
     assert exposed(replace(SMALL, machine=replace(SMALL.machine, overlaps=False))) == without
 
@@ -173,7 +174,7 @@ def test_6_7b_on_16_gpus_of_40_gb_needs_this_much_recomputation(tensor: int, pip
             micro_batch_size=[2],
             sequence=[False],
             recompute=[mode],
-            distributed_optimizer=[True],
+            zero=[1],
         )
-        fitting += [plan.recompute for plan in plan_layouts(task, search).plans]
+        fitting += [plan.engine.recompute for plan in plan_layouts(task, search).plans]
     assert (fitting[0] if fitting else None) == least

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from steerscale.engines.config import EngineConfig
 from steerscale.errors import LayoutError
 from steerscale.models.config import ModelConfig
 from steerscale.parallel.layout import ParallelLayout
@@ -36,9 +37,7 @@ def on_40_gb(tensor: int, pipeline: int, recompute: Recompute) -> MemoryEstimate
     return estimate_memory(
         SIX_BILLION,
         layout_on_16(tensor, pipeline),
-        precision="bf16",
-        distributed_optimizer=True,
-        recompute=recompute,
+        engine=EngineConfig(precision="bf16", recompute=recompute),
         fused_attention=False,
     )
 
@@ -108,9 +107,7 @@ def test_states_take_known_bytes_a_parameter(
     estimate = estimate_memory(
         GELU,
         ParallelLayout(data=4),
-        precision=precision,
-        distributed_optimizer=distributed,
-        recompute="none",
+        engine=EngineConfig(precision=precision, distributed_optimizer=distributed),  # type: ignore[arg-type]
     )
     parameters = GELU.num_parameters()
     assert estimate.weights == weights * parameters
@@ -199,7 +196,7 @@ def test_interleaving_holds_the_papers_factor_more() -> None:
 def test_stages_hold_what_is_theirs() -> None:
     model, layout = SIX_BILLION, ParallelLayout(pipeline=4, micro_batch_size=2, gradient_accumulation_steps=128)
     stages = [
-        estimate_memory(model, layout, precision="bf16", distributed_optimizer=False, recompute="none", stage=stage)
+        estimate_memory(model, layout, engine=EngineConfig(precision="bf16", distributed_optimizer=False), stage=stage)
         for stage in range(4)
     ]
     width = 2048 * 2 * 4096
@@ -213,8 +210,7 @@ def test_each_part_is_divided_by_its_own_degrees() -> None:
     model = gpt3(32, 4096)
     layout = ParallelLayout(tensor=2, pipeline=2, virtual_pipeline=2, data=4, gradient_accumulation_steps=4)
     first, last = (
-        estimate_memory(model, layout, precision="bf16", distributed_optimizer=True, recompute="none", stage=stage)
-        for stage in range(2)
+        estimate_memory(model, layout, engine=EngineConfig(precision="bf16"), stage=stage) for stage in range(2)
     )
     # ranks 0 to 7 are stage 0; without dropout a layer keeps (8 + 24/2) s b h; chunks of 8 layers, 5 and 3 in flight
     assert first.weights == 2 * shard_parameters(model, layout, 7)
@@ -229,9 +225,7 @@ def test_recomputation_holds_one_layers_working_set() -> None:
     estimate = estimate_memory(
         SIX_BILLION,
         ParallelLayout(),
-        precision="bf16",
-        distributed_optimizer=False,
-        recompute="full",
+        engine=EngineConfig(precision="bf16", distributed_optimizer=False, recompute="full"),
         fused_attention=False,
     )
     # 32 inputs, one layer rebuilt beside its input, one embedding mask, inputs of norm and head
@@ -240,7 +234,7 @@ def test_recomputation_holds_one_layers_working_set() -> None:
 
 def test_fullest_stage_is_the_default() -> None:
     layout = ParallelLayout(pipeline=4, gradient_accumulation_steps=128)
-    options: dict[str, Any] = {"precision": "bf16", "distributed_optimizer": False, "recompute": "none"}
+    options: dict[str, Any] = {"engine": EngineConfig(precision="bf16", distributed_optimizer=False)}
     stages = [estimate_memory(SIX_BILLION, layout, stage=stage, **options).total for stage in range(4)]
     assert estimate_memory(SIX_BILLION, layout, **options).total == max(stages) == stages[0]
     # one micro-batch in all: nothing piles up on stage 0, and the last one has the logits
@@ -254,9 +248,7 @@ def test_estimate_memory_refuses_a_stage_that_is_not_there(stage: int) -> None:
         estimate_memory(
             SIX_BILLION,
             ParallelLayout(pipeline=4),
-            precision="bf16",
-            distributed_optimizer=False,
-            recompute="none",
+            engine=EngineConfig(precision="bf16"),
             stage=stage,
         )
 

@@ -156,9 +156,7 @@ def test_a_run_begins_with_it_and_leaves_its_figures(german_data: Path, tmp_path
     assert content["ranks"][1]["gemm_tflops"] < 0.5 * content["ranks"][0]["gemm_tflops"]
     assert set(content["ranks"][0]["gb_per_second"]) == {"dp", "world"}
     assert any("rank 1" in warning and "every step waits for it" in warning for warning in content["warnings"])
-    planned = estimate_memory(
-        config.model, config.layout(), precision="fp32", distributed_optimizer=True, recompute="none"
-    ).total_gib
+    planned = estimate_memory(config.model, config.layout(), engine=config.engine).total_gib
     assert content["planned_gib"] == planned
     assert set(content["fused_kernels"]) == {"Apex", "Transformer Engine", "Liger", "flash-attention"}
     assert content["seconds"] > 0
