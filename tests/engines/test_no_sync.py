@@ -1,8 +1,8 @@
 """From the first to the last micro-batch of a step the host asks the device for nothing, so that a GPU never waits for Python.
 
 Shown on the CPU, where the same lines run: every operation and every call is looked at, and those count that would wait on
-CUDA: reading a value, results whose size depends on values, tensors made of the host's data. tests/gpu asks CUDA itself. SAEs are not in
-it: which latents are active decides about sizes.
+CUDA: reading a value, results whose size depends on values, tensors made of the host's data. tests/gpu asks CUDA itself.
+SAEs are not in it: which latents are active decides about sizes.
 """
 
 import traceback
