@@ -167,6 +167,8 @@ def _megatron(case: Case, place: Place) -> tuple[Clock, list[float]]:
     clock, model = Clock(case, place.device), case.model
     with initialize(case.layout) as context, closing(_loader(case, place)) as loader:
         config = transformer_config(model, context, precision="bf16")
+        # Its own fusion of the gate, compiled by torch; our configuration is for layers of our own.
+        config.bias_activation_fusion = model.gated and context.device.type == "cuda"
         with context.device:
             chunk: Any = GPTModel(
                 config,
