@@ -206,7 +206,8 @@ def _plan(draft: _Draft, settings: SweepConfig, directory: Path) -> Point:
     )
     if config is None:
         return Point(entry=entry, config=None)
-    entry = replace(entry, layout=str(config.layout()), run_dir=os.path.relpath(config.run_dir, directory))
+    run_dir = os.path.relpath(config.run_dir, directory)
+    entry = replace(entry, layout=str(config.layout()), engine=config.engine.title, run_dir=run_dir)
     return Point(entry=_predicted(entry, config, settings), config=config)
 
 

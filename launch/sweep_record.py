@@ -44,6 +44,8 @@ class Entry:
     """Why it is not run, or could not be started."""
     layout: str | None = None
     """As `ParallelLayout` writes itself; null if there is none."""
+    engine: str | None = None
+    """As `EngineConfig` writes itself; null if there is no layout."""
     run_dir: str
     """Relative to the sweep's directory."""
     predicted_gib: float | None = None

@@ -109,6 +109,7 @@ COLUMNS = (
     *(
         "point",
         "layout",
+        "engine",
         "state",
         "step",
         "s/iter",
@@ -121,24 +122,23 @@ COLUMNS = (
     ),
     *("loss", "held-out", "run directory"),
 )
-LEFT = {0, 1, 2, len(COLUMNS) - 1}
+LEFT = {"point", "layout", "engine", "state", "run directory"}
 
 
 def format_table(rows: Sequence[Row]) -> str:
     """The rows with a heading, then what became of the points that have no result, then how many there are of each."""
-    table = [COLUMNS, *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if index in LEFT else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in table
-    ]
+    several = len({row.entry.engine for row in rows} - {None}) > 1  # only then are engines worth a column
+    columns = [cells for cells in zip(COLUMNS, *map(_cells, rows)) if several or cells[0] != "engine"]
+    lines = ["  ".join(row).rstrip() for row in zip(*map(_aligned, columns))]
     lines += [f"{row.entry.short or row.entry.run_dir}: {row.state}: {row.reason}" for row in rows if row.reason]
     counts = Counter(row.state for row in rows)
     lines.append(f"{len(rows)} points: {', '.join(f'{number} {state}' for state, number in counts.items())}")
     return "\n".join(lines)
+
+
+def _aligned(column: Sequence[str]) -> list[str]:
+    width = max(map(len, column))
+    return [cell.ljust(width) if column[0] in LEFT else cell.rjust(width) for cell in column]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -146,6 +146,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         entry.short or row.run_dir.name,
         entry.layout or "-",
+        entry.engine or "-",
         row.state,
         _number(row.step, ",d"),
         _number(row.seconds, ".4g"),

@@ -1,11 +1,11 @@
 """The figures of a run: what each is called, how it is computed and written. One list for every form of output. Torch-free."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from steerscale.dashboard.runs import Run, predicted_memory_gib, run_layout
+from steerscale.dashboard.runs import Run, predicted_memory_gib, run_engine, run_layout
 from steerscale.planning.throughput import FORMULAS
 
 Value = float | int | str | None
@@ -26,6 +26,8 @@ class Figure:
     """Which of two values is the better one, if either is."""
     shown: bool = True
     """Whether a table shows it unasked."""
+    differs: bool = False
+    """Whether it is shown only among runs that differ in it."""
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
@@ -42,6 +44,11 @@ def percentile(values: Sequence[float], share: float) -> float | None:
 def figures_of(run: Run) -> dict[str, Value]:
     """All figures of a run by key; None is unknown."""
     return {figure.key: figure.value(run) for figure in FIGURES}
+
+
+def worth_showing(figures: Iterable[Figure], runs: Sequence[Mapping[str, Value]]) -> list[Figure]:
+    """Those of `figures` that a table of these runs shows; given the runs' figures."""
+    return [figure for figure in figures if not figure.differs or len({run[figure.key] for run in runs}) > 1]
 
 
 def write(figure: Figure, value: Value) -> str:
@@ -68,6 +75,10 @@ def _last(key: str) -> Callable[[Run], Value]:
     return lambda run: run.last(key)
 
 
+def _engine(run: Run) -> Value:
+    return None if (engine := run_engine(run.config)) is None else engine.title
+
+
 def _degree(name: str) -> Callable[[Run], Value]:
     return lambda run: None if (layout := run_layout(run.config)) is None else getattr(layout, name)
 
@@ -84,6 +95,10 @@ def _layout(key: str, title: str, name: str, note: str) -> Figure:
 FIGURES: tuple[Figure, ...] = (
     Figure(key="run", title="run", form="", value=lambda run: run.name, note="name in the configuration"),
     Figure(key="layout", title="layout", form="", value=lambda run: run.layout, note="of the last start"),
+    Figure(
+        key="engine", title="engine", form="", value=_engine, differs=True,
+        note="Megatron-Core, or DeepSpeed with its ZeRO stage; a column where runs differ in it",
+    ),
     Figure(key="state", title="state", form="", value=lambda run: run.state, note="status.json"),
     Figure(key="step", title="step", form=",d", value=lambda run: run.step, note="last step reported"),
     _throughput("tokens_per_second_per_gpu", "tok/s/GPU", ",.0f"),

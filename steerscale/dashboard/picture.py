@@ -1,11 +1,11 @@
 """Runs as one picture, for a talk or where there is no browser: throughput, step time, memory, loss. Torch-free."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerscale.dashboard.curves import curves_of
-from steerscale.dashboard.figures import figures_of
+from steerscale.dashboard.figures import BY_KEY, Value, figures_of, worth_showing, write
 from steerscale.dashboard.runs import Run
 from steerscale.errors import SteerscaleError
 
@@ -30,7 +30,7 @@ def write_picture(path: Path, runs: Sequence[Run]) -> int:
     drawn = sorted(runs, key=lambda run: -(run.median("tokens_per_second_per_gpu") or 0))[:MOST_RUNS]
     figures = [figures_of(run) for run in drawn]
     # A run's name is text: "$" would begin a formula.
-    names = [_shortened(run.name).replace("$", r"\$") for run in drawn]
+    names = [name.replace("$", r"\$") for name in _names(drawn, figures)]
     picture = Figure(figsize=(13, 2.2 + 0.28 * len(drawn) + 4), layout="constrained", dpi=110)
     axes = picture.subplots(2, 3, gridspec_kw={"height_ratios": [1.2 + 0.28 * len(drawn), 4.0]})
 
@@ -93,6 +93,14 @@ def _curves(axis: "Axes", runs: Sequence[tuple[str, Run]], key: str) -> None:
         axis.text(0.5, 0.5, "unknown", ha="center", va="center", transform=axis.transAxes, color="gray")
     axis.set_xlabel(f"step, {len(runs)} runs")
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _names(runs: Sequence[Run], figures: Sequence[Mapping[str, Value]]) -> list[str]:
+    """The runs' names, with their engines where these differ."""
+    names = [_shortened(run.name) for run in runs]
+    if not worth_showing([BY_KEY["engine"]], figures):
+        return names
+    return [f"{name}, {write(BY_KEY['engine'], known['engine'])}" for name, known in zip(names, figures)]
 
 
 def _shortened(name: str, length: int = 36) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from steerscale.dashboard.curves import curves_of, evaluations_of, events_of
-from steerscale.dashboard.figures import FIGURES, device_peaks, figures_of
+from steerscale.dashboard.figures import FIGURES, device_peaks, figures_of, worth_showing
 from steerscale.dashboard.runs import BrokenRun, Run, flatten
 from steerscale.html_page import fill_template, script_hash, write_whole
 from steerscale.planning.throughput import FORMULAS
@@ -58,10 +58,18 @@ def page_data(entries: Sequence[Entry], broken: Iterable[BrokenRun] = ()) -> dic
         for key, value in (configs[0] if len(configs) > 1 else {}).items()
         if all(key in config and _same(config[key], value) for config in configs)
     }
+    columns = {f.key for f in worth_showing(FIGURES, [entry.figures for entry in entries]) if f.shown}
     return {
         "generated": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "figures": [
-            {"key": f.key, "title": f.title, "form": f.form, "note": f.note, "better": f.better, "shown": f.shown}
+            {
+                "key": f.key,
+                "title": f.title,
+                "form": f.form,
+                "note": f.note,
+                "better": f.better,
+                "shown": f.key in columns,
+            }
             for f in FIGURES
         ],
         "formulas": FORMULAS,

@@ -184,13 +184,20 @@ def run_layout(config: dict[str, Any]) -> ParallelLayout | None:
         return None
 
 
+def run_engine(config: dict[str, Any]) -> EngineConfig | None:
+    """The engine a run's configuration asks for; None if it is not one that this version understands."""
+    try:
+        return from_mapping(EngineConfig, config.get("engine") or {})
+    except ConfigError:
+        return None
+
+
 def predicted_memory_gib(config: dict[str, Any]) -> float | None:
     """Memory of the fullest rank as `planning.memory` predicts it; None where the configuration is no GPT's it knows."""
-    layout = run_layout(config)
+    layout, engine = run_layout(config), run_engine(config)
     try:
         model = from_mapping(ModelConfig, config.get("model") or {})
-        engine = from_mapping(EngineConfig, config.get("engine") or {})
-        if layout is None or model.vocab_size is None:
+        if layout is None or engine is None or model.vocab_size is None:
             return None
         return estimate_memory(model, layout, engine=engine).total_gib
     except ConfigError:

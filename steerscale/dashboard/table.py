@@ -4,13 +4,13 @@ import csv
 import io
 from collections.abc import Sequence
 
-from steerscale.dashboard.figures import BY_KEY, FIGURES, Figure, figures_of, write
+from steerscale.dashboard.figures import BY_KEY, FIGURES, Figure, figures_of, worth_showing, write
 from steerscale.dashboard.runs import BrokenRun, Run, flatten
 
 COLUMNS: tuple[Figure, ...] = tuple(
     BY_KEY[key]
     for key in (
-        *("run", "layout", "state", "step", "loss", "valid_loss", "bits_per_byte", "seconds_per_step"),
+        *("run", "layout", "engine", "state", "step", "loss", "valid_loss", "bits_per_byte", "seconds_per_step"),
         *("tokens_per_second_per_gpu", "model_tflops_per_gpu", "legacy_tflops_per_gpu", "mfu", "bubble_fraction"),
         "memory_peak_gib_max",
     )
@@ -25,8 +25,10 @@ NOTES = (
 
 def format_table(runs: Sequence[Run], broken: Sequence[BrokenRun] = ()) -> str:
     """Runs as rows, figures as columns, and what the figures are; then what could not be read."""
-    rows = [[figure.title for figure in COLUMNS], *([write(f, f.value(run)) for f in COLUMNS] for run in runs)]
-    widths = [max(len(row[index]) for row in rows) for index in range(len(COLUMNS))]
+    values = [figures_of(run) for run in runs]
+    columns = worth_showing(COLUMNS, values)
+    rows = [[f.title for f in columns], *([write(f, known[f.key]) for f in columns] for known in values)]
+    widths = [max(len(row[index]) for row in rows) for index in range(len(columns))]
     lines = [
         "  ".join(
             cell.rjust(width) if index else cell.ljust(width) for index, (cell, width) in enumerate(zip(row, widths))
@@ -52,9 +54,10 @@ def format_evaluations(run: Run) -> str:
 
 def format_markdown(runs: Sequence[Run], broken: Sequence[BrokenRun] = ()) -> str:
     """A Markdown table of the figures a report shows, and what could not be read."""
-    shown = [figure for figure in FIGURES if figure.shown]
+    values = [figures_of(run) for run in runs]
+    shown = worth_showing([figure for figure in FIGURES if figure.shown], values)
     rows = [[figure.title for figure in shown], ["---" if not figure.form else "---:" for figure in shown]]
-    rows += [[_cell(write(figure, figure.value(run))) for figure in shown] for run in runs]
+    rows += [[_cell(write(figure, known[figure.key])) for figure in shown] for known in values]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([*lines, "", NOTES, *(f"- not read: {_cell(f'{b.path}: {b.reason}')}" for b in broken)])
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from launch.train import main as train_main
 from steerscale.metrics import read_records
 from steerscale.rundir import create_run_dir
 from steerscale.testing.example_runs import write_example_runs
@@ -33,4 +34,24 @@ def runs(seed: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -
     """A directory of 24 runs in 12 layouts or more."""
     directory = tmp_path_factory.mktemp("runs")
     write_example_runs(directory, seed, count=24, reports=60)
+    return directory
+
+
+TINY = ["model.num_layers=1", "model.d_model=16", "model.d_ff=16", "model.num_heads=2", "model.seq_len=16"]
+
+
+@pytest.fixture(scope="session")
+def engines(german_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep over both engines, run by the launcher."""
+    pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+    directory = tmp_path_factory.mktemp("sweep") / "engines"
+    argv = [
+        "-m",
+        "engine=megatron,deepspeed",
+        *TINY,
+        f"data.path={german_data}",
+        f"run_dir={directory}",
+        "train.steps=4",
+    ]
+    assert train_main([*argv, "metrics.interval=1", "metrics.warmup_steps=1", "metrics.tensorboard=false"]) == 0
     return directory

@@ -182,6 +182,27 @@ def test_heat_map_cells_filter_and_show_the_chosen_figure(page: Page) -> None:
     expect(page.locator(".heat[data-axes='engine.recompute tp'] thead")).to_contain_text("selective")
 
 
+def test_engines_are_told_apart_everywhere(browser: Browser, engines: Path, tmp_path: Path) -> None:
+    assert main(["dashboard", str(engines), "-o", str(tmp_path / "report.html")]) == 0
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    troubles = watch(page, allowed=("file:", "data:", "blob:"))
+    page.goto((tmp_path / "report.html").as_uri())
+    assert sorted(column(page, "engine")) == ["DeepSpeed ZeRO-1", "Megatron-Core"]
+    # Cells and colours are by engine, unasked; a click on a cell filters by it, and takes that back.
+    cell = page.locator(".heat[data-axes='engine tp'] button").first
+    cell.click()
+    assert page.input_value("#filter") == 'engine="DeepSpeed ZeRO-1" tp=1'
+    assert column(page, "engine") == ["DeepSpeed ZeRO-1"]
+    page.locator(".heat[data-axes='engine tp'] button[aria-pressed=true]").click()
+    assert page.input_value("#filter") == ""
+    page.locator("#scatter").scroll_into_view_if_needed()
+    assert sorted(page.locator("#scatter .entry").all_inner_texts()) == ["DeepSpeed ZeRO-1", "Megatron-Core"]
+    page.click("#select-all")
+    assert len(page.locator("#compare [data-key=engine] td").all_inner_texts()) == 2
+    page.close()
+    assert troubles == []
+
+
 def test_every_plot_is_drawn_when_it_is_looked_at(page: Page) -> None:
     titles = page.locator("#charts figcaption, #scatter figcaption, #memory figcaption").all_inner_texts()
     wanted = ("loss", "Tokens", "TFLOP", "MFU", "Seconds", "memory", "bubble", "Restarts", "GAS", "predicted")

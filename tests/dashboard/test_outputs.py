@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.sweep_table import main as show_table
 from steerscale.cli import main
 from steerscale.dashboard.report import embed, page_data
 from steerscale.dashboard.runs import find_directories
@@ -38,6 +39,37 @@ def test_table_stays_the_default(runs: Path, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out.splitlines()
     assert out[0].split()[:3] == ["run", "layout", "state"]
     assert len(out) == 1 + 24 + 2
+
+
+def test_engines_are_a_column_where_they_differ(engines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    titles = ["DeepSpeed ZeRO-1", "Megatron-Core"]
+    assert main(["dashboard", str(engines)]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()[:3]
+    assert head.split()[:4] == ["run", "layout", "engine", "state"]
+    assert [title for row in sorted(rows) for title in titles if title in row] == titles
+    losses = {row.split("finished")[1].split()[1] for row in rows}
+    assert len(losses) == 1, "both train the same model on the same data"
+    assert main(["dashboard", str(engines), "--format", "md"]) == 0
+    assert "| engine |" in capsys.readouterr().out
+    assert main(["dashboard", str(next(engines.glob("engine-d*")))]) == 0
+    assert "DeepSpeed" not in capsys.readouterr().out
+    assert show_table([str(engines)]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()[:3]
+    assert head.split()[:4] == ["point", "layout", "engine", "state"]
+    assert all(any(title in row for row in rows) for title in titles)
+
+
+def test_report_of_both_engines(engines: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    assert main(["dashboard", str(engines), "-o", str(report)]) == 0
+    data = data_of(report)
+    assert {run["figures"]["engine"] for run in data["runs"]} == {"DeepSpeed ZeRO-1", "Megatron-Core"}
+    (figure,) = [figure for figure in data["figures"] if figure["key"] == "engine"]
+    assert figure["shown"]
+    assert main(["dashboard", str(next(engines.glob("engine-m*"))), "-o", str(report)]) == 0
+    (figure,) = [figure for figure in data_of(report)["figures"] if figure["key"] == "engine"]
+    assert not figure["shown"]
+    assert main(["dashboard", str(engines), "-o", str(tmp_path / "runs.png")]) == 0
 
 
 def test_broken_runs_are_named_under_the_table(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ function take(fresh) {
   varying = new Set(data.runs.flatMap((run) => Object.keys(run.config)));
   configKeys = [...[...varying].sort(), ...Object.keys(data.common).sort()];
   data.runs.forEach((run) => {
-    run.text = [run.figures.run, run.path, run.figures.layout, run.figures.state, run.figures.device].join(" ").toLowerCase();
+    run.text = [run.figures.run, run.path, run.figures.layout, run.figures.engine, run.figures.state, run.figures.device].join(" ").toLowerCase();
   });
 }
 
@@ -47,10 +47,12 @@ function written(key, value) {
   return formatters.get(form).format(value);
 }
 
+/** The terms of a filter: separated by blanks that are not in quotes. */
+const filterTerms = (text) => text.match(/(?:[^\s"]|"[^"]*")+/g) ?? [];
+
 /** Parse a filter into tests; throws an Error that says which term is wrong and what would be right. */
 function parseFilter(text) {
-  const terms = text.match(/(?:[^\s"]|"[^"]*")+/g) ?? [];
-  return terms.map((term) => {
+  return filterTerms(text).map((term) => {
     const match = /^([\w.\-]+)(!=|>=|<=|=|>|<|~)(.*)$/.exec(term);
     if (!match) {
       const wanted = unquoted(term).toLowerCase();

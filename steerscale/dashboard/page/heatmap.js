@@ -47,7 +47,7 @@ function summary(runs, metric) {
 
 function cell(x, y, right, down, runs, metric, value, share) {
   const terms = [term(x, right), term(y, down)];
-  const on = terms.every((one) => view.filter.split(/\s+/).includes(one));
+  const on = terms.every((one) => filterTerms(view.filter).includes(one));
   const button = element("button", {
     type: "button", "aria-pressed": String(on), "data-focus": `heat ${terms.join(" ")}`, onclick: () => toggleTerms(terms, on),
     title: `${terms.join(", ")}: ${runs.length} run${runs.length > 1 ? "s" : ""}`,
@@ -67,6 +67,6 @@ const term = (key, value) => `${key}=${/[\s"]/.test(String(value)) ? `"${value}"
 
 function toggleTerms(terms, on) {
   const keys = terms.map((one) => `${one.split("=")[0]}=`);
-  const others = view.filter.split(/\s+/).filter((one) => one && !keys.some((key) => one.startsWith(key)));
+  const others = filterTerms(view.filter).filter((one) => !keys.some((key) => one.startsWith(key)));
   setFilter([...others, ...(on ? [] : terms)].join(" "));
 }

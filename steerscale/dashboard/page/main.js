@@ -62,12 +62,13 @@ function drawConstants() {
   fillKeys(byId("key"), { extra: [["", "config key or figure…"]] });
   fillKeys(byId("column"), { extra: [["", "…"]] });
   const first = (id, fallback) => byId(id).value || fallback;
-  fillKeys(byId("heat-x"), { value: first("heat-x", "engine.recompute") });
+  const engines = figures.get("engine").shown;  // they differ
+  fillKeys(byId("heat-x"), { value: first("heat-x", engines ? "engine" : "engine.recompute") });
   fillKeys(byId("heat-y"), { value: first("heat-y", "tp") });
   fillKeys(byId("heat-metric"), { numbers: true, value: first("heat-metric", "model_tflops_per_gpu") });
   fillKeys(byId("scatter-x"), { numbers: true, value: first("scatter-x", "gas") });
   fillKeys(byId("scatter-y"), { numbers: true, value: first("scatter-y", "tokens_per_second_per_gpu") });
-  fillKeys(byId("scatter-color"), { extra: [["", "nothing"]], value: first("scatter-color", "device") });
+  fillKeys(byId("scatter-color"), { extra: [["", "nothing"]], value: first("scatter-color", engines ? "engine" : "device") });
 }
 
 function listen() {
