@@ -1,6 +1,6 @@
 """DeepSpeed computes what the Megatron engine computes in one process, whatever ZeRO stage and layout.
 
-A part of the combinations runs by default. All of them, with both models and their largest differences printed (twenty minutes
+A part of the combinations runs by default. All of them, with both models and their largest differences printed (three minutes
 on two cores; docs/engines.md has the results):
 
     STEERSCALE_PARITY=all python -m pytest tests/engines/test_deepspeed_parity.py
