@@ -5,6 +5,7 @@ from typing import Literal
 
 from steerscale.accelerators import Kernels
 from steerscale.config import require
+from steerscale.engines.fp8 import Fp8, check_fp8
 from steerscale.errors import LayoutError
 from steerscale.parallel.layout import ParallelLayout
 
@@ -28,8 +29,12 @@ class EngineConfig:
     """DeepSpeed's ZeRO stage, 0 to 3: what is sharded over the replicas is nothing, optimizer state, gradients too, parameters
     too; null: 1 with distributed_optimizer, else 0."""
     kernels: Kernels = "auto"
-    """Whose fused AdamW the Megatron engine steps with, on CUDA: Apex's, Transformer Engine's (te), torch's; auto: the first of
-    te, apex, torch that is there. Norms and attention are torch's fused ones, as on the CPU (docs/profiling.md)."""
+    """Whose fused kernels AdamW, norms, linear layers, attention and gated activation take on CUDA: torch's, NVIDIA Apex's,
+    Transformer Engine's (te) or Liger's, where they have one; auto: by component, the best that is installed. On the CPU:
+    torch's (docs/kernels.md)."""
+    fp8: Fp8 = "none"
+    """8-bit operands in the blocks' linear layers, by Transformer Engine: hybrid (e4m3 forward, e5m2 gradients) or e4m3. Needs
+    a GPU with FP8 units (H100, RTX 4090 and later), precision=bf16 and shapes that are multiples of 16."""
     offload_optimizer: bool = False
     """DeepSpeed: keep optimizer state and main weights in the host's memory and update them there; needs ZeRO-1 to 3."""
 
@@ -50,18 +55,15 @@ class EngineConfig:
             )
         else:
             require(
-                self.kernels == "auto",
-                f"engine.kernels={self.kernels} is for the Megatron engine, DeepSpeed brings its own AdamW: leave it out",
+                self.kernels in ("auto", "torch"),
+                f"engine.kernels={self.kernels} is for the Megatron engine: DeepSpeed brings its own AdamW and its layers run "
+                "on torch's kernels; leave it out",
             )
             self._check_zero()
+        check_fp8(self.fp8, engine=self.name, precision=self.precision, kernels=self.kernels)
 
     def _check_zero(self) -> None:
         stage = self.zero_stage
-        require(
-            self.kernels in ("auto", "torch"),
-            f"engine.kernels={self.kernels}: the DeepSpeed engine steps with torch's fused AdamW; leave it at auto, or use "
-            "engine=megatron",
-        )
         require(stage is None or 0 <= stage <= 3, f"engine.zero_stage must be 0, 1, 2 or 3, got {stage}")
         require(
             self.distributed_optimizer or not stage,

@@ -86,7 +86,7 @@ class MegatronEngine:
             )
             for index, chunk in enumerate(chunks)
         ]
-        adam = adam_class(choose_kernels(engine.kernels, on_cuda=on_cuda))
+        adam = adam_class(choose_kernels(engine.kernels, on_cuda=on_cuda).adam)
         with gathered_within(context.world), optimizers_of(adam):
             self.optimizer = get_megatron_optimizer(
                 OptimizerConfig(

@@ -9,6 +9,7 @@ from steerscale.checkpoint.config import CheckpointConfig
 from steerscale.config import require
 from steerscale.data.config import DataConfig
 from steerscale.engines.config import EngineConfig, check_engine
+from steerscale.engines.fp8 import check_fp8_shapes
 from steerscale.errors import ConfigError, LayoutError
 from steerscale.models.config import ModelConfig
 from steerscale.optim import OptimConfig
@@ -191,6 +192,10 @@ class RunConfig:
         else:
             check_producers(placement.producers, self.model)
         check_engine(self.engine, layout, sae=self.sae is not None)
+        if self.sae is None:
+            check_fp8_shapes(self.engine.fp8, self.model, layout)
+        else:
+            require(self.engine.fp8 == "none", f"engine.fp8={self.engine.fp8} is for GPTs: leave it out where SAEs train")
         self.profile.check(steps=self.train.steps, ranks=layout.world_size)
         if self.sae is not None and self.stream is not None:
             check_sae_layout(self.sae, self.stream, self.model, layout)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from steerscale.accelerators import choose_kernels, format_table, kernel_table
 from steerscale.activations.source import ActivationSource
 from steerscale.checkpoint.store import CheckpointStore, load_state
 from steerscale.config import dump_yaml, from_mapping
@@ -24,6 +23,7 @@ from steerscale.rundir import KERNELS, State, Status, read_config, write_error, 
 from steerscale.train.apart import run_apart
 from steerscale.train.config import RunConfig
 from steerscale.train.gpt import build_gpt_task
+from steerscale.train.kernels import kernel_report
 from steerscale.train.loop import Loop, Progress
 from steerscale.train.preflight import is_due, run_preflight
 from steerscale.train.profile import StepProfiler
@@ -151,16 +151,14 @@ def _announce(config: RunConfig, context: ParallelContext, task: Task, progress:
             "the language model on %d ranks of its own: %s", placement.producers.world_size, placement.producers
         )
     logger.info("%s", task.describe())
-    of_megatron, on_cuda = config.engine.name == "megatron", context.device.type == "cuda"
-    adam = choose_kernels(config.engine.kernels, on_cuda=on_cuda) if of_megatron else None
-    table = format_table(kernel_table(adam))
+    table = kernel_report(config, on_cuda=context.device.type == "cuda")
     logger.info("kernels\n%s", table)
     write_text(Path(config.run_dir) / KERNELS, f"{table}\n")
 
 
 def _peak_tflops(config: RunConfig, device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return config.metrics.peak_tflops
+    if device.type != "cuda" or config.engine.fp8 != "none":
+        return config.metrics.peak_tflops  # no peak is known for steps that are partly in 8 bits
     return peak_tflops(_device_name(device), precision=config.engine.precision, override=config.metrics.peak_tflops)
 
 
