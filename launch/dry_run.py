@@ -59,6 +59,7 @@ def plan_lines(config: RunConfig) -> list[tuple[str, str]]:
             f"{layout.world_size:,} = {layout.tensor} tensor x {layout.pipeline} pipeline x {layout.data} data"
             f"{', sequence parallel' if layout.sequence else ''}; {layout}",
         ),
+        ("engine", f"{config.engine.title} in {config.engine.precision}, recompute {config.engine.recompute}"),
         (
             "copies",
             f"{_count(held, 'parameter')} in each replica of {_count(layout.tensor * layout.pipeline, 'rank')}, "
@@ -159,7 +160,8 @@ def _memory(config: RunConfig) -> str:
         f"fits devices of {', '.join(fitting)} GiB" if fitting else f"too much for any device up to {sizes[-1]:g} GiB"
     )
     unit = _unit(config)
-    return f"{estimate.total / UNITS[unit]:,.2f} {unit} a rank on the fullest stage ({stage}); {verdict}, with a margin"
+    host = f"; {estimate.host / UNITS[unit]:,.2f} {unit} of the host's memory a rank" if estimate.host else ""
+    return f"{estimate.total / UNITS[unit]:,.2f} {unit} a rank on the fullest stage ({stage}); {verdict}, with a margin{host}"
 
 
 def _unit(config: RunConfig) -> str:

@@ -53,6 +53,7 @@ class Fit:
             "needed_gib": sum(self.parts_gib().values()),
             "device_gib": self.device_gib,
             "over_gib": self.over_gib,
+            "host_gib": self.memory.host / GIB,
             "fits": self.fits,
         }
 

@@ -161,6 +161,13 @@ def test_the_schedule_is_told_in_words(overrides: list[str], text: str) -> None:
     assert dict(plan_lines(config_of(*overrides)))["learning"].startswith(text)
 
 
+def test_the_engine_and_its_memory_on_the_host_are_told() -> None:
+    told = dict(plan_lines(config_of("engine=deepspeed", "engine.zero_stage=2", "engine.offload_optimizer=true")))
+    assert told["engine"] == "DeepSpeed ZeRO-2 with offload in fp32, recompute none"
+    assert told["memory"].endswith("of the host's memory a rank")
+    assert "host" not in dict(plan_lines(config_of()))["memory"]
+
+
 def test_dry_runs_of_a_sweep_need_no_directories(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
