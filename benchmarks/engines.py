@@ -20,18 +20,16 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import closing
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks._common import print_environment
 from steerscale.data.loader import MicroBatch, make_micro_batch
 from steerscale.engines.base import Engine
 from steerscale.engines.config import EngineConfig
@@ -82,14 +80,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model, two layouts and two rounds: does it run?")
     args = parser.parse_args()
     names, rounds = (list(LAYOUTS)[1:3], 2) if args.quick else (args.layouts, args.rounds)
-    versions = {name: version(name) for name in ("torch", "megatron-core", "deepspeed")}
-    environment = {
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **versions,
-    }
-    print("  ".join(f"{key} {value}" for key, value in environment.items()))
+    environment = print_environment("megatron-core", "deepspeed")
     print(f"{'layout':<20} {'parameters':>11} {'megatron ms':>12} {'deepspeed ms':>13} {'ratio':>6} {'by CPU':>7}")
     pool = RankPool()
     try:
@@ -97,7 +88,10 @@ def main() -> None:
     finally:
         pool.close()
     lowest = {key: min(result[key] for result in results.values()) for key in ("ratio", "cpu_ratio")}
-    print(json.dumps({**lowest, "rounds": rounds, **environment, "layouts": results}))
+    print(
+        f"DeepSpeed / Megatron-Core, lowest: {lowest['ratio']:.3f}, by CPU time {lowest['cpu_ratio']:.3f} (no limit: compared)"
+    )
+    print(json.dumps({**lowest, "rounds": rounds, "environment": environment, "layouts": results}))
 
 
 def measure(pool: RankPool, name: str, *, rounds: int, quick: bool) -> dict[str, Any]:

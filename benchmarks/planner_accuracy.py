@@ -29,6 +29,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from benchmarks._common import against, print_environment
 from steerscale.engines.config import EngineConfig
 from steerscale.models.config import ModelConfig
 from steerscale.parallel.layout import ParallelLayout
@@ -36,6 +37,9 @@ from steerscale.planning.flops import Recompute, narayanan_2021_hardware_flops
 from steerscale.planning.iteration import predict_iteration
 from steerscale.planning.machine import Efficiency, Machine, machine_of
 from steerscale.planning.memory import GIB, chunks_in_flight, estimate_memory, layer_activation_bytes
+
+GOAL = 0.10
+"""Mean error of times, and of memory."""
 
 
 @dataclass(frozen=True)
@@ -256,11 +260,14 @@ def summarize(name: str, errors: Sequence[float]) -> dict[str, float]:
 def main() -> None:
     """Print both comparisons."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    environment = print_environment()
     summary = times(published_times()) | memory()
     print()
     for name in ("time", "time_unseen", "states", "activations", "shares"):
         print(f"{name:<14}mean error {summary[f'{name}_mean']:.1%}, largest {summary[f'{name}_max']:.1%}")
-    print(json.dumps(summary))
+    for name in ("time", "memory"):
+        print(f"{name}, mean error: {against(summary[f'{name}_mean'], GOAL, at_most=True)}")
+    print(json.dumps({**summary, "environment": environment}))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
+from benchmarks._common import against, print_environment
 from steerscale.cli.calibration import read_measurement, this_cpu
 from steerscale.data.prepare import PrepareConfig, prepare_dataset
 from steerscale.data.sample import sample_corpus
@@ -212,6 +213,7 @@ def main() -> None:
     )
     parser.add_argument("--keep", type=Path, help="directory for the runs; those that are there are not repeated")
     args = parser.parse_args()
+    environment = print_environment("megatron-core")
     with tempfile.TemporaryDirectory() as temporary:
         directory = args.keep or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
@@ -221,7 +223,11 @@ def main() -> None:
             summary |= memory(bench)
         if args.sweep or not args.memory:
             summary |= sweep(bench)
-    print(json.dumps(summary))
+    if "memory_max" in summary:
+        print(f"memory, largest error: {against(summary['memory_max'], 0.10, at_most=True)}")
+    if "best_predicted_place" in summary:
+        print(f"place of the fastest in the prediction: {against(summary['best_predicted_place'], 2, at_most=True)}")
+    print(json.dumps({**summary, "environment": environment}))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from benchmarks._common import against, print_environment
 from steerscale.interp.probes.activations import collect
 from steerscale.interp.probes.fit import FitConfig, fit_probe, standardise
 from steerscale.interp.probes.labels import read_examples
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="directory for activations, 1.8 GB")
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory for probes, figures and a picture")
     args = parser.parse_args()
+    environment = print_environment("scikit-learn")
     torch.set_num_threads(1)
     config = ProbeConfig(train=args.train, test=args.test, fit=FitConfig(l2=args.l2))
     with initialize(ParallelLayout()) as context:
@@ -74,7 +76,7 @@ def main() -> None:
         probes.append(measure(x_VM, task, hook, config, with_peer=index % args.every == 0))
         write_probe(probes[-1], args.output)
         print(hook, json.dumps(probes[-1].about), file=sys.stderr, flush=True)
-    _report(args, task, probes)
+    _report(args, task, probes, environment)
 
 
 def _warm_up() -> None:
@@ -162,7 +164,7 @@ def objective(probe: Probe, x_VM: torch.Tensor, y_V: torch.Tensor, config: Probe
     return float(loss + config.fit.l2 / (2 * len(y_V)) * weight_CM.square().sum())
 
 
-def _report(args: argparse.Namespace, task: ProbeTask, probes: list[Probe]) -> None:
+def _report(args: argparse.Namespace, task: ProbeTask, probes: list[Probe], environment: dict) -> None:
     rows = [{"hook": probe.hook, **probe.about} for probe in probes]
     both = [row for row in rows if "sklearn" in row]
     print(
@@ -182,11 +184,14 @@ def _report(args: argparse.Namespace, task: ProbeTask, probes: list[Probe]) -> N
         "ours": {name: sum(row[name] for row in both) for name in ("cpu_s", "wall_s")},
         "sklearn": {name: sum(row["sklearn"][name] for row in both) for name in ("cpu_s", "wall_s")},
         "largest_accuracy_difference": max(abs(row["accuracy"] - row["sklearn"]["accuracy"]) for row in both),
+        "environment": environment,
         "rows": rows,
         "ratio": sum(row["sklearn"]["cpu_s"] for row in both) / sum(row["cpu_s"] for row in both),
     }
     title = "part of speech (Brown, 12 classes), SmolLM2-135M-Instruct"
     plot_probes(args.output / "probes.png", probes, title=title)
+    print(f"largest difference of accuracy: {against(result['largest_accuracy_difference'], 0.005, at_most=True)}")
+    print(f"scikit-learn's CPU seconds / ours: {result['ratio']:.2f} (no limit: compared)")
     print(json.dumps(result))
 
 

@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from benchmarks._common import against, print_environment
 from steerscale.activations.config import StreamConfig
 from steerscale.activations.stream import build_stream
 from steerscale.data.config import DataConfig
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    environment = print_environment("megatron-core", "sae-lens")
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")  # other people's, about their own code
     steps = args.vectors // args.batch
@@ -134,9 +136,11 @@ def main() -> None:
         "fvu": mean,
         "fvu_stdev": spread,
         "lr": _best(runs),
+        "environment": environment,
         "work": asdict(work),
         "runs": [asdict(run) for run in runs],
     }
+    print(f"FVU of sae-lens' better side / ours: {against(result['ratio'], 1.0)} (within the spread of the seeds)")
     print(json.dumps(result))
 
 

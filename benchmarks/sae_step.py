@@ -35,10 +35,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks._common import against, print_environment
 from benchmarks.sae_step_sides import SIDES, Work, installed
 
 WARM_UP = 2
 NUM_BATCHES = 4
+GOALS = {"eai-sparsify": 1.4, "sae-lens": 5.0}
+"""Tokens per second of ours over theirs."""
+GEMM_GOAL = 1.5
+"""A step in products of the encoder, at most."""
 
 
 def main() -> None:
@@ -50,6 +55,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=[side for side in SIDES if installed(side)])
     parser.add_argument("--quick", action="store_true", help="a tiny SAE and two rounds: does it run?")
     args = parser.parse_args()
+    environment = print_environment("megatron-core", "eai-sparsify", "sae-lens")
     works = [Work(d=64, latents=512, k=8, batch=128)] if args.quick else [Work(d=d) for d in args.widths]
     sides = list(dict.fromkeys(["gemm", "ours", *args.sides]))
     rounds = 2 if args.quick else args.rounds
@@ -63,7 +69,7 @@ def main() -> None:
                 "ratio": None if None in ratios else min(ratios),
                 "rounds": rounds,
                 "threads": args.threads,
-                "torch": torch.__version__,
+                "environment": environment,
                 "widths": results,
             }
         )
@@ -103,6 +109,9 @@ def measure(work: Work, sides: list[str], *, rounds: int, threads: int) -> dict[
     for side in sides:
         row = f"{wall[side]:8.3f} {best[side]:8.3f} {cpu[side]:8.3f} {work.batch / wall[side]:9,.0f}"
         print(f"  {side:<14} {row} {wall[side] / wall['gemm']:7.2f} {wall[side] / wall['ours']:7.2f}x")
+    for side, goal in GOALS.items():
+        print(f"  ours / {side}: {against(figures['speedup'].get(side), goal)}")
+    print(f"  ours over the encoder's product: {against(figures['ours_over_gemm'], GEMM_GOAL, at_most=True)}")
     sys.stdout.flush()
     return figures
 

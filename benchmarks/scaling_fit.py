@@ -21,6 +21,7 @@ import time
 import numpy as np
 from scipy.optimize import minimize
 
+from benchmarks._common import print_environment
 from steerscale.planning.scaling_fit import SAME, STARTS, fit_law
 from steerscale.planning.scaling_points import read_points, without_highest
 
@@ -29,6 +30,8 @@ DELTA = 1e-3
 
 
 def main() -> None:
+    """Measure and print."""
+    environment = print_environment("scipy", "numpy")
     points = without_highest(read_points(POINTS), 5)
     log_n = np.log([point.parameters for point in points])
     log_d = np.log([point.tokens for point in points])
@@ -53,6 +56,7 @@ def main() -> None:
     reference = time.perf_counter() - begin
 
     result = {
+        "environment": environment,
         "starts": len(STARTS),
         "ours": {"seconds": ours, "objective": fit.objective, "agreeing": fit.agreeing},
         "reference": {
@@ -67,6 +71,7 @@ def main() -> None:
         print(
             f"{name:<10}{row['seconds']:>8.2f} s  best {row['objective']:.9f}  at the optimum {row['agreeing']}/{len(STARTS)}"
         )
+    print(f"reference's seconds / ours: {result['ratio']:.2f} (no limit: compared)")
     print(json.dumps(result))
 
 

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks._common import environment
 from benchmarks.steering_concepts import CONCEPTS, NEUTRAL, Concept
 from benchmarks.steering_smollm2 import TARGET
 from steerscale.interp import sweep_baselines as baselines
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--concepts", nargs="+", required=True, metavar="NAME=LATENT")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     args = parser.parse_args()
+    print(json.dumps({"environment": environment("megatron-core")}), flush=True)
     begin, known = time.process_time(), {concept.name: concept for concept in CONCEPTS}
     with initialize(ParallelLayout()) as context:
         lm: LanguageModel | None = None

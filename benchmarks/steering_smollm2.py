@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks._common import print_environment
 from benchmarks.steering_concepts import CONCEPTS, NEUTRAL, Concept
 from steerscale.config import dump_yaml
 from steerscale.interp import sweep_baselines as baselines
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4000, help="to read of each half of a text")
     parser.add_argument("--max-tokens", type=int, default=16)
     args = parser.parse_args()
+    print_environment("megatron-core")
     args.output.mkdir(parents=True, exist_ok=True)
     source = open_sae(args.run, name=args.sae)
     begin = time.process_time()

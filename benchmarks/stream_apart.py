@@ -27,6 +27,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from benchmarks._common import print_environment
 from benchmarks.stream import (
     BATCH,
     BLOCK_SEQUENCES,
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a tiny model and a block: does it run?")
     args = parser.parse_args()
+    environment = print_environment("megatron-core")
     model, hook, blocks = SMOLLM2, HOOK, args.blocks
     if args.quick:
         model, hook, blocks = replace(SMOLLM2, **TINY), "blocks.1.hook_resid_post", 1
@@ -80,7 +82,7 @@ def main() -> None:
         "both_vectors_per_second": alone["both_vectors_per_second"],
     }
     print(f"apart   {apart:>10,.0f} vectors/s, {figures['ratio']:.3f} of min(lm, sae), {figures['gain']:.2f} x both")
-    print(json.dumps({**figures, "blocks": blocks, "threads": args.threads, "torch": torch.__version__}))
+    print(json.dumps({**figures, "blocks": blocks, "threads": args.threads, "environment": environment}))
 
 
 def measure_apart(config: RunConfig, directory: Path, *, threads: int, blocks: int) -> float:
