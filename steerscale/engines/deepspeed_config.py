@@ -41,7 +41,8 @@ def ds_config(
         "wall_clock_breakdown": False,
     }
     if engine.precision == "bf16":
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        # ZeRO-1 adds each gradient to the fp32 sum as it comes; else the bf16 ones are kept beside it.
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = "fp32"  # else gradients are reduced in bf16
     if engine.precision == "fp16":

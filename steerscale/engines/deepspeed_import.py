@@ -21,6 +21,7 @@ OURS_ALREADY = {
     "zero_optimization.reduce_bucket_size": "set by steerscale: 5e8, or the rank's parameters if these are fewer",
     "optimizer.params.torch_adam": "the optimizer is torch's AdamW",
     "optimizer.params.adam_w_mode": "weight decay is decoupled",
+    "bf16.immediate_grad_update": "set by steerscale",
     "bf16.check_grad_overflow": "steps whose gradients are not finite are skipped",
 }
 HINTS = {

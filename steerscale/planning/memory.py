@@ -153,7 +153,7 @@ def estimate_memory(
             optimizer=states.optimizer,
             activations=layers * chunks_in_flight(layout, index) * kept + (whole - kept) + outer,
             logits=logits if index == layout.pipeline - 1 else 0,
-            buffers=states.buffers + buffer_bytes(model, layout, precision=precision, stage=index),
+            buffers=states.buckets + states.copies + buffer_bytes(model, layout, precision=precision, stage=index),
             host=states.host,
         )
 

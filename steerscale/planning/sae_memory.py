@@ -70,7 +70,7 @@ def sae_bytes(
     latents = max((sae.width for sae in saes), default=0) // layout.tensor
     return {
         "SAEs": states.weights + (held * FP32_BYTES if averaged else 0),
-        "gradients": states.gradients + states.buffers,
+        "gradients": states.gradients + states.buckets + states.copies,
         "optimizer": states.optimizer,
         "latents": 2 * layout.micro_batch_size * latents * FP32_BYTES,
         "buffer": buffer_bytes // (layout.tensor * layout.data),

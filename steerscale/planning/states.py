@@ -30,8 +30,10 @@ class ModelStates:
     """When the last backward pass of a step ends."""
     optimizer: int
     """Moments and main parameters."""
-    buffers: int
+    buckets: int
     """Where gradients are collected to be reduced."""
+    copies: int
+    """Of a bucket, while it is reduced."""
     host: int
     """In the host's memory: an offloaded optimizer, and its gradients."""
 
@@ -47,7 +49,7 @@ def model_states(
     Args:
         replicas: ranks that share these parameters out, as the engine's ZeRO stage says.
         accumulates: several micro-batches a step.
-        pipeline: of several stages: DeepSpeed overlaps no communication then.
+        pipeline: there are several stages.
     """
     part = parameters // replicas
     if engine.name == "megatron":
@@ -57,12 +59,13 @@ def model_states(
     if engine.zero == 2:
         return _zero_2(parameters, part, engine, accumulates=accumulates)
     if engine.zero == 1:
-        return _zero_1(parameters, part, engine, accumulates=accumulates, overlap=engine.overlap and not pipeline)
+        return _zero_1(parameters, part, engine, accumulates=accumulates, pipeline=pipeline)
     return ModelStates(
         weights=FP32_BYTES * parameters,
         gradients=FP32_BYTES * parameters,
         optimizer=MOMENTS_BYTES * parameters,
-        buffers=FP32_BYTES * bucket_elements(parameters),
+        buckets=0,
+        copies=FP32_BYTES * bucket_elements(parameters),
         host=0,
     )
 
@@ -84,31 +87,33 @@ def _megatron(parameters: int, owned: int, precision: Precision) -> ModelStates:
         weights=WEIGHT_BYTES[precision] * parameters,
         gradients=FP32_BYTES * parameters,
         optimizer=(MOMENTS_BYTES + main) * owned,
-        buffers=0,
+        buckets=0,
+        copies=0,
         host=0,
     )
 
 
-def _zero_1(parameters: int, part: int, engine: EngineConfig, *, accumulates: bool, overlap: bool) -> ModelStates:
+def _zero_1(parameters: int, part: int, engine: EngineConfig, *, accumulates: bool, pipeline: bool) -> ModelStates:
     """Main parameters exist beside the weights in fp32 too.
 
     Gradients stay whole until the last micro-batch, in bf16 those added up in fp32; they are moved to a bucket to be reduced
-    (two of them where that overlaps with the backward pass). In bf16 without offload another optimizer does it, whose
-    bucket is a copy. Offload takes the reduced part to the host.
+    (two of them where that overlaps with the backward pass). With a pipeline a bucket more than is used is there when the
+    reduced part is copied from it. In bf16 without offload another optimizer does it, whose bucket is a copy. Offload
+    takes the reduced part to the host.
     """
     unit, bucket = WEIGHT_BYTES[engine.precision], bucket_elements(parameters)
     held = FP32_BYTES if engine.precision == "bf16" else unit
-    buckets = 2 if overlap and (engine.precision != "bf16" or engine.offload_optimizer) else 1
+    copied = engine.precision == "bf16" and not engine.offload_optimizer
+    buckets = 0 if copied else 2 if engine.overlap and not pipeline else 1
+    gradients = held * (parameters + (part if pipeline and not copied else 0))
     optimizer = (FP32_BYTES + MOMENTS_BYTES) * part
-    gradients, host = held * parameters, 0
-    if engine.offload_optimizer:
-        host = optimizer + _offloaded(part, engine, accumulates=accumulates)
-        gradients += FP32_BYTES * part if engine.precision == "bf16" else 0
+    host = optimizer + _offloaded(part, engine, accumulates=accumulates) if engine.offload_optimizer else 0
     return ModelStates(
         weights=unit * parameters,
         gradients=gradients,
         optimizer=0 if host else optimizer,
-        buffers=buckets * held * bucket,
+        buckets=buckets * held * bucket,
+        copies=held * bucket if copied else 0,
         host=host,
     )
 
@@ -129,7 +134,8 @@ def _zero_2(parameters: int, part: int, engine: EngineConfig, *, accumulates: bo
         weights=unit * parameters,
         gradients=gradients,
         optimizer=0 if host else optimizer,
-        buffers=(2 if engine.overlap else 1) * unit * bucket + reduction_bytes(engine.precision) * bucket,
+        buckets=(2 if engine.overlap else 1) * unit * bucket,
+        copies=reduction_bytes(engine.precision) * bucket,
         host=host,
     )
 
@@ -145,17 +151,17 @@ def _offloaded(part: int, engine: EngineConfig, *, accumulates: bool) -> int:
 def _zero_3(parameters: int, part: int, engine: EngineConfig) -> ModelStates:
     """A part of each parameter, and parameters gathered: all of them, of a rank with fewer than `LIVE_ELEMENTS`.
 
-    In fp32 the part is the main parameter as well. Gradients are reduced in a bucket that is always there, by way of a copy.
+    Gradients are reduced in a bucket that is always there, by way of a copy.
     """
     unit, precision = WEIGHT_BYTES[engine.precision], engine.precision
-    main = FP32_BYTES if precision != "fp32" or engine.offload_optimizer else 0
-    optimizer = (main + MOMENTS_BYTES) * part
+    optimizer = (FP32_BYTES + MOMENTS_BYTES) * part
     gradients = reduction_bytes(precision) * part
-    offload = engine.offload_optimizer
+    offload, bucket = engine.offload_optimizer, reduction_bytes(precision) * bucket_elements(parameters)
     return ModelStates(
         weights=unit * (part + min(parameters, LIVE_ELEMENTS)),
         gradients=0 if offload else gradients,
         optimizer=0 if offload else optimizer,
-        buffers=2 * reduction_bytes(precision) * bucket_elements(parameters),
+        buckets=bucket,
+        copies=bucket,
         host=optimizer + gradients + FP32_BYTES * part if offload else 0,
     )

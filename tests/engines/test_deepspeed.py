@@ -130,6 +130,30 @@ def test_recompute_changes_nothing(run: Callable[..., Curve], german_data: Path)
     assert same(list(curves[0].parameters.values()), list(curves[1].parameters.values()))
 
 
+def moments(config: RunConfig) -> dict[tuple[str, int], np.ndarray]:
+    """This rank's part of AdamW's first moments after one step, which are the gradients times a constant."""
+    with initialize(config.layout()) as context, closing(build_gpt_task(config, context)) as task:
+        batches = task.micro_batches(0, context.layout.gradient_accumulation_steps)
+        task.engine.train_step(batches, task.forward, lr=LR)
+        found = [fragment for fragment in task.engine.fragments() if fragment.kind == "exp_avg"]
+        return {(f.name, f.start): f.data.detach().numpy().copy() for f in found}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_gradients_are_reduced_in_float32(pool: RankPool, german_data: Path, stage: int) -> None:
+    # The same eight micro-batches in bf16, added up on one rank or on two: only the order of the sums differs.
+    configs = [
+        replace(config_of(german_data, stage, {}, precision="bf16"), parallel=layout(micro_batch_size=1, data=data))
+        for data in (1, 2)
+    ]
+    (whole,), parts = (pool.run(moments, config, ranks=config.parallel.data) for config in configs)
+    alone = {name: data for (name, _), data in whole.items()}
+    for (name, start), got in (item for part in parts for item in part.items()):
+        expected = alone[name][start : start + got.size]
+        # Rounded to bf16 on the way, they would be 2e-3 of their size off.
+        assert np.abs(got - expected).max() <= 1e-5 * np.abs(alone[name]).max(), name
+
+
 def look_around(config: RunConfig) -> dict[str, Any]:
     """What an engine leaves behind."""
     environment, handlers = dict(os.environ), list(logging.getLogger().handlers)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -109,6 +110,31 @@ def test_data_communication_by_hand_and_hidden() -> None:
     assert whole == pytest.approx(3 / 4 * 2 * 4 * parameters / 50e9)
     assert predict(layout, machine, overlap=True).data_communication < expected
     assert predict(replace(layout, data=1), machine).data_communication == 0
+
+
+def test_deepspeeds_data_communication_by_hand() -> None:
+    machine = replace(COMPUTE_ONLY, intra_node_gb_per_second=100.0)
+    layout = ParallelLayout(data=4, gradient_accumulation_steps=3)
+    share = 3 / 4 * MODEL.num_parameters() / 100e9
+
+    def seconds(stage: int, **changes: Any) -> float:
+        return predict(layout, machine, **{"name": "deepspeed", "zero_stage": stage, **changes}).data_communication
+
+    # fp32 gradients all-reduced once or for each of three micro-batches, bf16 parameters gathered once
+    assert seconds(1) == pytest.approx((2 * 4 + 2) * share)
+    assert seconds(2) == pytest.approx((3 * 2 * 4 + 2) * share)
+    # parameters gathered twice and gradients scattered for each micro-batch: 3 N
+    assert seconds(3) == pytest.approx(3 * (2 + 2 + 4) * share)
+    assert seconds(3, precision="fp16") == pytest.approx(3 * (2 + 2 + 2) * share)
+    assert seconds(0, precision="fp32") == pytest.approx(2 * 4 * share)
+    assert seconds(2, overlap=True) < seconds(2)
+    assert seconds(3, overlap=True) < seconds(3)
+
+
+def test_optimizer_on_the_host_is_not_timed() -> None:
+    machine = replace(COMPUTE_ONLY, bandwidth_gb_per_second=1000.0)
+    time = predict(ParallelLayout(data=4), machine, name="deepspeed", zero_stage=2, offload_optimizer=True)
+    assert time.optimizer == pytest.approx(4 * MODEL.num_parameters() / 1e12)
 
 
 def test_optimizer_is_shared_out_over_the_replicas() -> None:

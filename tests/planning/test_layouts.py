@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 
+from steerscale.engines.config import EngineConfig
 from steerscale.errors import ConfigError
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.planning.flops import Recompute
@@ -107,6 +108,54 @@ def test_search_limits_what_is_tried() -> None:
     (plan,) = plan_layouts(SMALL, search).plans
     assert str(plan) == "TP2+SP PP2 DP2 MBS2 GAS16 ZeRO-1 recompute full"
     assert "GAS would be 32, asked for 16" in reasons(SMALL, search)["TP2 PP2 DP2 MBS1"]
+
+
+DEEPSPEED = replace(SMALL, engine=EngineConfig(name="deepspeed", precision="bf16"))
+
+
+def test_deepspeed_is_searched_where_it_can_run() -> None:
+    planned = plan_layouts(DEEPSPEED)
+    assert {plan.engine.zero for plan in planned.plans if plan.layout.pipeline == 1 < plan.layout.data} == {1, 2, 3}
+    assert {plan.engine.zero for plan in planned.plans if plan.layout.pipeline > 1} == {1}
+    assert not any(plan.layout.sequence or plan.layout.virtual_pipeline > 1 for plan in planned.plans)
+    found = {entry.what: entry.text for entry in planned.rejections}
+    assert "engine.precision=bf16 with ZeRO-0" in found["ZeRO-0 in bf16"]
+    assert "engine.zero_stage=3 with parallel.pipeline=2" in found["TP1 PP2 DP4 MBS1 GAS16 ZeRO-3"]
+
+
+def test_zero_that_the_engine_does_not_have_is_rejected() -> None:
+    found = plan_layouts(SMALL, Search(zero=[3]))
+    assert not found.plans
+    texts = [entry.text for entry in found.rejections if entry.what == "ZeRO-3 in bf16"]
+    assert texts == ["--zero 3: Megatron-Core shards the optimizer state only, ZeRO-1"]
+
+
+def test_each_zero_stage_and_offload_take_less_of_the_device() -> None:
+    layout = ParallelLayout(data=8, gradient_accumulation_steps=8)
+    memory = []
+    for settings in (
+        {"zero_stage": 1},
+        {"zero_stage": 2},
+        {"zero_stage": 3},
+        {"zero_stage": 3, "offload_optimizer": True},
+    ):
+        engine = replace(DEEPSPEED.engine, **settings)
+        task = replace(DEEPSPEED, model=gpt3(32, 4096), engine=engine)
+        memory.append(plan_one(task, layout, engine).fit.memory)
+    totals = [entry.total for entry in memory]
+    assert totals == sorted(totals, reverse=True)
+    assert len(set(totals)) == 4
+    assert [entry.host > 0 for entry in memory] == [False, False, False, True]
+
+
+def test_deepspeeds_overrides_name_its_stage() -> None:
+    engine = EngineConfig(name="deepspeed", zero_stage=2, precision="bf16", offload_optimizer=True)
+    plan = plan_one(replace(SMALL, engine=engine), ParallelLayout(data=8, gradient_accumulation_steps=8), engine)
+    wanted = {"engine=deepspeed", "engine.zero_stage=2", "engine.offload_optimizer=true", "engine.precision=bf16"}
+    assert wanted <= set(plan.overrides())
+    assert not any("distributed_optimizer" in text for text in plan.overrides())
+    assert plan.notes == ["without the time of the optimizer on the host"]
+    assert str(plan) == "TP1 PP1 DP8 MBS1 GAS8 DS ZeRO-2 offload recompute none"
 
 
 def test_selective_recomputation_is_tried_where_scores_are_stored() -> None:
