@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from steerscale.models.config import ModelConfig
+from steerscale.models.functions import cross_entropy
+from steerscale.models.layer import ColumnLinear
 from steerscale.models.layer_spec import block_spec
 from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.megatron import (
@@ -68,7 +70,7 @@ class GPT(LanguageModule):
             vp_stage=self.vp_stage,
         )
         if self.post_process:
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
+            self.output_layer = ColumnLinear(
                 model.d_model,
                 model.padded_vocab,
                 config=config,
@@ -124,14 +126,14 @@ class GPT(LanguageModule):
         mask_padding(logits, self.model, self.pg_collection.tp)
         if labels_BS is None:
             return logits
-        return self.compute_language_model_loss(labels_BS, logits)
+        return losses_of(logits, labels_BS, self.pg_collection.tp)
 
     def _rotary(self, tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None) -> torch.Tensor | None:
         if self.model.position != "rotary":
             return None
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
-        return rotary_angles(positions_BS, self.model.head_width, self.model.rope_theta)
+        return rotary_table(positions_BS, self.model.head_width, self.model.rope_theta, self.config.params_dtype)
 
 
 def build_chunks(model: ModelConfig, config: TransformerConfig, context: ParallelContext) -> list[GPT]:
@@ -145,6 +147,11 @@ def mask_padding(logits_SBV_local: torch.Tensor, model: ModelConfig, group: dist
     padding = group.rank() * columns + columns - model.tokens
     if padding > 0:
         logits_SBV_local[..., columns - min(padding, columns) :] = float("-inf")
+
+
+def losses_of(logits_SBV_local: torch.Tensor, labels_BS: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Losses [B, S] in float32; the logits are used up (`functions.cross_entropy`). `group`: tensor."""
+    return cross_entropy(logits_SBV_local, labels_BS.T.contiguous(), group).T.contiguous()
 
 
 def mark_tensor_parallel(module: torch.nn.Module) -> None:
@@ -167,11 +174,11 @@ _CUT_DIM = {
 }
 
 
-def rotary_angles(positions_BS: torch.Tensor, head_width: int, theta: float) -> torch.Tensor:
-    """Rotation angles [S, B, 1, D] in float32, halves repeated (Su et al. 2021; GPT-NeoX's layout, as in Llama)."""
+def rotary_table(positions_BS: torch.Tensor, head_width: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
+    """Cosines and sines [2, S, B, 1, D / 2] of position x theta^(-2i / D), computed in float32 (Su et al. 2021)."""
     exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions_BS.device) / head_width
     angles = positions_BS.T.unsqueeze(-1).float() * theta**-exponents
-    return torch.cat((angles, angles), dim=-1).unsqueeze(2)
+    return torch.stack((angles.cos(), angles.sin())).unsqueeze(3).to(dtype)
 
 
 def document_mask(documents_BS: torch.Tensor) -> torch.Tensor:
@@ -237,7 +244,6 @@ def transformer_config(
         batch_p2p_comm=not interleaved,
         # Both are torch.compile'd upstream: worth it on a GPU, a compiler run for nothing on a CPU.
         bias_dropout_fusion=on_cuda,
-        bias_activation_fusion=on_cuda and model.gated,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from steerscale.models.config import ModelConfig
-from steerscale.models.gpt import document_mask, mark_tensor_parallel, mask_padding, rotary_angles
+from steerscale.models.gpt import document_mask, mark_tensor_parallel, mask_padding, rotary_table
+from steerscale.models.layer import ColumnLinear
 from steerscale.models.layer_spec import Norm, block_spec
 from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.megatron import (
     LanguageModelEmbedding,
     TransformerBlock,
     TransformerConfig,
-    tensor_parallel,
 )
 
 Hidden = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -90,7 +90,7 @@ class BlockLayer(Layer):
         if self.model.position != "rotary":
             return None
         positions = rest[0] if rest else torch.arange(hidden_SBM.shape[0], device=hidden_SBM.device).unsqueeze(0)
-        return rotary_angles(positions, self.model.head_width, self.model.rope_theta)
+        return rotary_table(positions, self.model.head_width, self.model.rope_theta, hidden_SBM.dtype)
 
 
 class HeadLayer(Layer):
@@ -101,7 +101,7 @@ class HeadLayer(Layer):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, context: ParallelContext) -> None:
         super().__init__(model, config, context)
-        self.output_layer = tensor_parallel.ColumnParallelLinear(
+        self.output_layer = ColumnLinear(
             model.d_model,
             model.padded_vocab,
             config=config,
@@ -156,12 +156,6 @@ def gpt_layers(model: ModelConfig, config: TransformerConfig, context: ParallelC
         LayerPlan(FinalNormLayer, common),
         LayerPlan(HeadLayer, common, tied=tied),
     ]
-
-
-def losses_of(logits_SBV_local: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-    """Losses [B, S] in float32. All-reduces maxima, sums and targets over the tensor group: 3 S B numbers."""
-    losses_SB = tensor_parallel.vocab_parallel_cross_entropy(logits_SBV_local.float(), labels_BS.T.contiguous())
-    return losses_SB.T.contiguous()
 
 
 def _with(hidden: torch.Tensor, rest: list[torch.Tensor]) -> Hidden:

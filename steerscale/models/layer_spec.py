@@ -6,17 +6,16 @@ The norm works under sequence parallelism (Megatron-Core's torch norm refuses it
 `scaled_dot_product_attention`, so that fused kernels run on CPU and GPU alike without another dependency.
 """
 
-import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from steerscale.models.layer import ColumnLinear, Layer, LayerParts, RowLinear
 from steerscale.parallel.megatron import (
     ModuleSpec,
     TransformerBlockSubmodules,
     TransformerConfig,
-    get_gpt_layer_local_spec,
     tensor_parallel,
 )
 
@@ -95,14 +94,11 @@ class CoreAttention(torch.nn.Module):
         )
 
 
+TORCH_PARTS = LayerParts(norm=Norm, column=ColumnLinear, row=RowLinear, core_attention=CoreAttention)
+
+
 def block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
-    """Specification of `num_layers` transformer layers (one model chunk) with our norm and attention."""
-    layer: ModuleSpec = copy.deepcopy(get_gpt_layer_local_spec(normalization=config.normalization))
-    parts: Any = layer.submodules
-    parts.input_layernorm = Norm
-    parts.pre_mlp_layernorm = Norm
-    parts.self_attention.submodules.core_attention = CoreAttention
-    # Megatron-Core renames norms in checkpoints to look like Transformer Engine's fused layers; ours keep their names.
-    parts.sharded_state_dict_keys_map = {}
-    norm: Any = Norm
+    """Specification of `num_layers` transformer layers (one model chunk)."""
+    norm: Any = TORCH_PARTS.norm
+    layer = ModuleSpec(module=Layer, params={"parts": TORCH_PARTS})
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

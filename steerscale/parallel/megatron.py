@@ -21,6 +21,7 @@ with warnings.catch_warnings():
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -30,13 +31,14 @@ with warnings.catch_warnings():
     from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.core.transformer.enums import ModelType
+    from megatron.core.transformer.enums import AttnMaskType, ModelType
     from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 __all__ = [
+    "AttnMaskType",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "Float16Module",
@@ -54,6 +56,7 @@ __all__ = [
     "forward_backward_no_pipelining",
     "gathered_within",
     "get_forward_backward_func",
+    "get_bias_dropout_add",
     "get_gpt_layer_local_spec",
     "get_megatron_optimizer",
     "megatron_random",

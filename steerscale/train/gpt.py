@@ -18,8 +18,8 @@ from steerscale.engines.deepspeed_config import write_ds_config
 from steerscale.engines.deepspeed_pipeline import DeepSpeedPipelineEngine, Pipeline
 from steerscale.engines.megatron import MegatronEngine
 from steerscale.errors import ConfigError
-from steerscale.models.gpt import build_chunks, transformer_config
-from steerscale.models.gpt_layers import BlockLayer, gpt_layers, losses_of
+from steerscale.models.gpt import build_chunks, losses_of, transformer_config
+from steerscale.models.gpt_layers import BlockLayer, gpt_layers
 from steerscale.models.hf.load import load_hf
 from steerscale.models.sharding import Chunk, initialize_parameters, named_shards
 from steerscale.parallel.context import ParallelContext, stage_context
@@ -189,7 +189,7 @@ def _deepspeed_engine(config: RunConfig, context: ParallelContext) -> Engine:
         inputs=lambda batch: tuple(
             tensor for tensor in (batch.tokens_BS, batch.positions_BS, batch.documents_BS) if tensor is not None
         ),
-        outputs=lambda logits, tokens, positions, documents, labels: losses_of(logits, labels),
+        outputs=lambda logits, tokens, positions, documents, labels: losses_of(logits, labels, context.groups.tp),
         prepare=lambda layers: _filled(cast("Sequence[Chunk]", layers), config, context),
     )
     return _noted(DeepSpeedPipelineEngine(pipeline, **common), config)

@@ -1,0 +1,197 @@
+"""The transformer layer: what runs between two hidden states. Its matrices are Megatron-Core's, cut over the tensor ranks.
+
+Megatron-Core's own layer serves many more architectures than ours; one forward pass of a page runs faster on small models, can
+be read, and is one graph for torch.compile. Parameter names are Megatron-Core's.
+
+Shapes: S sequence ([S / TP] between the matrices under sequence parallelism), B batch, M d_model, G key/value groups and H heads
+of this rank, D head width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from steerscale.models.functions import split_heads, swiglu
+from steerscale.parallel.megatron import (
+    AttnMaskType,
+    ProcessGroupCollection,
+    TransformerConfig,
+    get_bias_dropout_add,
+    tensor_parallel,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerParts:
+    """Which class does what in a layer; each is built with the arguments that Megatron-Core gives to its own."""
+
+    norm: Callable[..., torch.nn.Module]
+    column: Callable[..., torch.nn.Module]
+    """Linear layer whose output is cut over the tensor ranks."""
+    row: Callable[..., torch.nn.Module]
+    """Linear layer whose input is cut over them."""
+    core_attention: Callable[..., torch.nn.Module]
+    gated_activation: Callable[[torch.Tensor], torch.Tensor] = swiglu
+    """[..., 2 F], the gate first -> [..., F]."""
+
+
+class Layer(torch.nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream.
+
+    Args:
+        layer_number: from 1 within the model chunk.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        parts: LayerParts,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        self.config, self.layer_number = config, layer_number
+        norm: Any = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        self.input_layernorm = parts.norm(**norm)
+        self.self_attention = Attention(config, parts, layer_number, pg_collection)
+        self.pre_mlp_layernorm = parts.norm(**norm)
+        self.mlp = MLP(config, parts, pg_collection)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        context: None = None,
+        context_mask: None = None,
+        rotary_pos_emb: torch.Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """hidden [S, B, M] -> (hidden, None); `rotary_pos_emb` as for `functions.split_heads`. Named as Megatron-Core does."""
+        attended = self.self_attention(self.input_layernorm(hidden_states), attention_mask, rotary_pos_emb)
+        hidden_states = self._add(attended, hidden_states)
+        return self._add(self.mlp(self.pre_mlp_layernorm(hidden_states)), hidden_states), None
+
+    def _add(self, output: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor) -> torch.Tensor:
+        """Bias, where the matrix left it, dropout, residual."""
+        out, bias = output
+        if bias is None and not (self.config.hidden_dropout and self.training):
+            return residual + out
+        add = get_bias_dropout_add(self.training, self.config.bias_dropout_fusion)
+        return add(output, residual, self.config.hidden_dropout)
+
+
+class Attention(torch.nn.Module):
+    """Causal self-attention; heads, queries with their keys and values, are spread over the tensor ranks."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        parts: LayerParts,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__()
+        size = pg_collection.tp.size()
+        groups, heads, width = config.num_query_groups, config.num_attention_heads, config.kv_channels
+        assert groups is not None and width is not None
+        self.groups, self.width = groups // size, width
+        self._recompute = config.recompute_granularity == "selective"
+        common: Any = {"config": config, "is_expert": False, "tp_group": pg_collection.tp}
+        self.linear_qkv = parts.column(
+            config.hidden_size,
+            (heads + 2 * groups) * width,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=config.add_bias_linear or config.add_qkv_bias,
+            skip_bias_add=False,
+            tp_comm_buffer_name="qkv",
+            **common,
+        )
+        self.core_attention = parts.core_attention(
+            config=config,
+            layer_number=layer_number,
+            attn_mask_type=AttnMaskType.causal,
+            attention_type="self",
+            cp_comm_type=None,
+            softmax_scale=None,
+            pg_collection=pg_collection,
+        )
+        self.linear_proj = parts.row(
+            heads * width,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            bias=config.add_bias_linear,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="proj",
+            **common,
+        )
+
+    def forward(
+        self, x_SBM: torch.Tensor, mask: torch.Tensor | None, rotation: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        qkv, _ = self.linear_qkv(x_SBM)
+        sequence, batch, _ = qkv.shape
+        q_SBHD, k_SBGD, v_SBGD = split_heads(qkv.view(sequence, batch, self.groups, -1, self.width), rotation)
+        if self._recompute and self.training:
+            out = tensor_parallel.checkpoint(self.core_attention, False, q_SBHD, k_SBGD, v_SBGD, mask)
+        else:
+            out = self.core_attention(q_SBHD, k_SBGD, v_SBGD, mask)
+        return self.linear_proj(out)
+
+
+class MLP(torch.nn.Module):
+    """Two matrices around an activation; of a gated one the first holds [gate; up]."""
+
+    def __init__(self, config: TransformerConfig, parts: LayerParts, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__()
+        self.activation = parts.gated_activation if config.gated_linear_unit else config.activation_func
+        common: Any = {"config": config, "is_expert": False, "tp_group": pg_collection.tp}
+        self.linear_fc1 = parts.column(
+            config.hidden_size,
+            config.ffn_hidden_size * (2 if config.gated_linear_unit else 1),
+            init_method=config.init_method,
+            gather_output=False,
+            bias=config.add_bias_linear,
+            skip_bias_add=False,
+            tp_comm_buffer_name="fc1",
+            **common,
+        )
+        self.linear_fc2 = parts.row(
+            config.ffn_hidden_size,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            bias=config.add_bias_linear,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="fc2",
+            **common,
+        )
+
+    def forward(self, x_SBM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden, _ = self.linear_fc1(x_SBM)
+        return self.linear_fc2(self.activation(hidden))
+
+
+class ColumnLinear(tensor_parallel.ColumnParallelLinear):
+    """Megatron-Core's; with one tensor rank a plain linear layer, bias included."""
+
+    def forward(
+        self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.output_size_per_partition < self.output_size:
+            return super().forward(input_, weight, runtime_gather_output)
+        return F.linear(input_, self.weight if weight is None else weight, self.bias), None
+
+
+class RowLinear(tensor_parallel.RowParallelLinear):
+    """Megatron-Core's; with one tensor rank a plain linear layer, bias included."""
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.input_size_per_partition < self.input_size:
+            return super().forward(input_)
+        return F.linear(input_, self.weight, self.bias), None
