@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from steerscale.accelerators import TORCH, KernelChoice
 from steerscale.models.config import ModelConfig
 from steerscale.models.functions import cross_entropy
 from steerscale.models.layer import ColumnLinear
-from steerscale.models.layer_spec import block_spec
+from steerscale.models.layer_spec import BlockConfig, block_spec
 from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.megatron import (
     LanguageModelEmbedding,
@@ -182,7 +183,12 @@ def rotary_table(positions_BS: torch.Tensor, head_width: int, theta: float, dtyp
 
 
 def document_mask(documents_BS: torch.Tensor) -> torch.Tensor:
-    """[B, 1, S, S], True where query and key lie in one document and the key is not in the future."""
+    """[B, 1, S, S], True where query and key lie in one document and the key is not in the future.
+
+    What `layer_spec.document_begins` gave instead of numbers, int32 [N + 1], is left as it is, for a kernel that takes that.
+    """
+    if documents_BS.ndim == 1:
+        return documents_BS
     same = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
     return same.tril().unsqueeze(1)
 
@@ -193,18 +199,26 @@ def transformer_config(
     *,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     recompute: Literal["none", "selective", "full"] = "none",
-) -> TransformerConfig:
+    kernels: KernelChoice = TORCH,
+    fp8: Literal["none", "hybrid", "e4m3"] = "none",
+) -> BlockConfig:
     """Megatron-Core's configuration of `model` on the layout of `context`.
 
     Args:
         precision: "fp32", "bf16" or "fp16": parameters and activations.
         recompute: "none", "selective" (the core attention) or "full" (every block).
+        kernels: whose kernels the layers take.
+        fp8: format of the linear layers' operands, for `kernels` with Transformer Engine's.
     """
     layout, on_cuda = context.layout, context.device.type == "cuda"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     interleaved = layout.virtual_pipeline > 1
     full = recompute == "full"
-    return TransformerConfig(
+    return BlockConfig(
+        kernels=kernels,
+        fp8=None if fp8 == "none" else fp8,
+        # Scales from the tensor at hand: no history of them would have to be in checkpoints for a resume to be exact.
+        fp8_recipe="tensorwise",
         num_layers=model.num_layers,
         hidden_size=model.d_model,
         num_attention_heads=model.num_heads,

@@ -4,6 +4,7 @@ Two reasons: the list is what has to be checked when Megatron-Core moves (0.16 t
 warning for every accelerator that is not installed, which our own start-up report says once and better.
 """
 
+import importlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ __all__ = [
     "optimizers_of",
     "parallel_state",
     "quiet",
+    "te_layers",
     "tensor_parallel",
 ]
 
@@ -88,6 +90,11 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
+
+
+def te_layers() -> Any:
+    """Megatron-Core's module of Transformer Engine's layers; for runs that use them, since without the library it is hollow."""
+    return importlib.import_module("megatron.core.extensions.transformer_engine")
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from steerscale.errors import ConfigError
 from steerscale.models.gpt import build_chunks, losses_of, transformer_config
 from steerscale.models.gpt_layers import BlockLayer, gpt_layers
 from steerscale.models.hf.load import load_hf
+from steerscale.models.layer import compile_layers
+from steerscale.models.layer_spec import document_begins
 from steerscale.models.sharding import Chunk, initialize_parameters, named_shards
 from steerscale.parallel.context import ParallelContext, stage_context
 from steerscale.parallel.layout import ParallelLayout
@@ -29,6 +31,7 @@ from steerscale.parallel.shards import Shard
 from steerscale.planning.flops import model_flops_per_token
 from steerscale.planning.throughput import throughput
 from steerscale.train.config import FREE_MODEL_KEYS, RunConfig
+from steerscale.train.kernels import check_fp8_device, run_kernels
 from steerscale.train.task import check_same
 
 EVAL_CHUNK = 8
@@ -45,6 +48,7 @@ class GPTTask:
             raise ConfigError("data.path or data.blend must be given to train")
         self.config, self.context, self.engine, self._data = config, context, engine, config.data
         self._peak_tflops = peak_tflops
+        self._varlen = run_kernels(config, on_cuda=context.device.type == "cuda").varlen
         self._consumed = ConsumedHash()
         stream = SampleStream(self._data, seq_len=config.model.seq_len, seed=config.seed)
         self._train = self._loader(stream, num_prefetch=self._data.num_prefetch, consumed=self._consumed)
@@ -64,7 +68,10 @@ class GPTTask:
     def forward(self, micro_batch: MicroBatch, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         """Hidden states, or on the last stage the losses [B, S], and how to sum them."""
         batch = micro_batch.to(self.context.device, non_blocking=True)
-        output = chunk(batch.tokens_BS, batch.positions_BS, batch.documents_BS, batch.labels_BS)
+        documents = batch.documents_BS
+        if self._varlen and micro_batch.documents_BS is not None:
+            documents = document_begins(micro_batch.documents_BS).to(self.context.device, non_blocking=True)
+        output = chunk(batch.tokens_BS, batch.positions_BS, documents, batch.labels_BS)
         return output, lambda losses_BS: sum_losses(losses_BS, batch.loss_mask_BS)
 
     def train_step(
@@ -203,19 +210,28 @@ def _noted(engine: DeepSpeedEngine, config: RunConfig) -> DeepSpeedEngine:
 
 
 def _transformer_config(config: RunConfig, context: ParallelContext) -> TransformerConfig:
+    engine, device = config.engine, context.device
+    check_fp8_device(engine.fp8, device)
     return transformer_config(
-        config.model, context, precision=config.engine.precision, recompute=config.engine.recompute
+        config.model,
+        context,
+        precision=engine.precision,
+        recompute=engine.recompute,
+        kernels=run_kernels(config, on_cuda=device.type == "cuda"),
+        fp8=engine.fp8,
     )
 
 
 def _filled(
     chunks: Sequence[Chunk], config: RunConfig, context: ParallelContext
 ) -> list[tuple[Shard, torch.nn.Parameter]]:
-    """Give the chunks their initial weights; their shards."""
+    """Give the chunks their initial weights, and torch.compile their layers if it is to have them; their shards."""
     if config.train.init_from is None:
         initialize_parameters(chunks, context, seed=config.seed)
     else:
         load_hf(Path(config.train.init_from), chunks, context)
+    if config.engine.compile == "blocks":
+        compile_layers(chunks, context.device)
     return list(named_shards(chunks))
 
 
