@@ -110,9 +110,12 @@ def test_advice_where_no_layout_fits(local: Configure, monkeypatch: pytest.Monke
         refuse_oversized(local(*BIG))
 
 
-def test_the_advice_can_be_followed(local: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "more", [["parallel.data=4", "engine.recompute=full"], ["parallel.data=8", "engine=deepspeed"]]
+)
+def test_the_advice_can_be_followed(local: Configure, monkeypatch: pytest.MonkeyPatch, more: list[str]) -> None:
     monkeypatch.setattr(fit, "local_device", lambda: "NVIDIA A100-SXM4-40GB")
-    overrides = [*BIG, "parallel.data=4", "engine.recompute=full"]
+    overrides = [*BIG, *more]
     with pytest.raises(ConfigError) as error:
         refuse_oversized(local(*overrides))
     for advice in ("What would fit: ", "the fastest: "):
