@@ -28,6 +28,9 @@ class EngineConfig:
     zero_stage: int | None = None
     """DeepSpeed's ZeRO stage, 0 to 3: what is sharded over the replicas is nothing, optimizer state, gradients too, parameters
     too; null: 1 with distributed_optimizer, else 0."""
+    compile: Literal["none", "blocks"] = "none"
+    """torch.compile: none, or blocks: each transformer layer becomes one graph, whose pointwise operations are fused. The
+    first step takes up to a minute longer; on a CPU a C++ compiler is needed (docs/kernels.md)."""
     kernels: Kernels = "auto"
     """Whose fused kernels AdamW, norms, linear layers, attention and gated activation take on CUDA: torch's, NVIDIA Apex's,
     Transformer Engine's (te) or Liger's, where they have one; auto: by component, the best that is installed. On the CPU:
@@ -64,6 +67,11 @@ class EngineConfig:
 
     def _check_zero(self) -> None:
         stage = self.zero_stage
+        require(
+            stage != 3 or self.compile == "none",
+            "engine.compile=blocks with engine.zero_stage=3: hooks gather parameters inside of what would be one graph; use "
+            "engine.compile=none, or stage 0, 1 or 2",
+        )
         require(stage is None or 0 <= stage <= 3, f"engine.zero_stage must be 0, 1, 2 or 3, got {stage}")
         require(
             self.distributed_optimizer or not stage,

@@ -112,8 +112,8 @@ CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
 def cross_entropy(logits_SBV_local: torch.Tensor, labels_SB: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Losses [S, B] in float32 over a vocabulary that is cut over `group`. The backward pass overwrites the logits.
 
-    Softmax and sums are in float32, some rows at a time: neither the logits nor their gradient exist in float32 as a whole (unless
-    the model is float32), and the gradient takes the memory of the logits, which nobody else may read afterwards.
+    Softmax and sums are in float32, some rows at a time: neither the logits nor their gradient exist in float32 as a whole
+    (unless the model is float32), and the gradient takes the memory of the logits, which nobody else may read afterwards.
 
     Two all-reduces over `group`: the maxima, then sums and targets; 3 S B numbers in all.
 

@@ -1,19 +1,22 @@
 """The transformer layer: what runs between two hidden states. Its matrices are Megatron-Core's, cut over the tensor ranks.
 
-Megatron-Core's own layer serves many more architectures than ours; one forward pass of a page runs faster on small models, can
-be read, and is one graph for torch.compile. Parameter names are Megatron-Core's.
+Megatron-Core's own layer serves many more architectures than ours; a forward pass of one page runs faster on small models,
+can be read, and is one graph for torch.compile. Parameter names are Megatron-Core's.
 
 Shapes: S sequence ([S / TP] between the matrices under sequence parallelism), B batch, M d_model, G key/value groups and H heads
 of this rank, D head width.
 """
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from steerscale.errors import ConfigError
 from steerscale.models.functions import split_heads, swiglu
 from steerscale.parallel.megatron import (
     AttnMaskType,
@@ -84,6 +87,22 @@ class Layer(torch.nn.Module):
         return add(output, residual, self.config.hidden_dropout)
 
 
+def compile_layers(chunks: Iterable[Any], device: torch.device) -> None:
+    """Hand every layer to torch.compile; each becomes a graph at its first forward pass, one for all layers alike.
+
+    Raises ConfigError on a CPU without a C++ compiler.
+    """
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise ConfigError(
+            "engine.compile=blocks needs a C++ compiler on a CPU, and there is none (c++, g++, clang++, or $CXX): install one, "
+            "or use engine.compile=none"
+        )
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, Layer):
+                module.compile(dynamic=False)
+
+
 class Attention(torch.nn.Module):
     """Causal self-attention; heads, queries with their keys and values, are spread over the tensor ranks."""
 
@@ -97,7 +116,8 @@ class Attention(torch.nn.Module):
         super().__init__()
         size = pg_collection.tp.size()
         groups, heads, width = config.num_query_groups, config.num_attention_heads, config.kv_channels
-        assert groups is not None and width is not None
+        assert groups is not None
+        assert width is not None
         self.groups, self.width = groups // size, width
         self._recompute = config.recompute_granularity == "selective"
         common: Any = {"config": config, "is_expert": False, "tp_group": pg_collection.tp}
@@ -137,7 +157,8 @@ class Attention(torch.nn.Module):
         qkv, _ = self.linear_qkv(x_SBM)
         sequence, batch, _ = qkv.shape
         q_SBHD, k_SBGD, v_SBGD = split_heads(qkv.view(sequence, batch, self.groups, -1, self.width), rotation)
-        if self._recompute and self.training:
+        # Compiled, the attention keeps what its backward pass needs and nothing else, and the compiler decides what to keep.
+        if self._recompute and self.training and not torch.compiler.is_compiling():
             out = tensor_parallel.checkpoint(self.core_attention, False, q_SBHD, k_SBGD, v_SBGD, mask)
         else:
             out = self.core_attention(q_SBHD, k_SBGD, v_SBGD, mask)
@@ -178,20 +199,37 @@ class MLP(torch.nn.Module):
 
 
 class ColumnLinear(tensor_parallel.ColumnParallelLinear):
-    """Megatron-Core's; with one tensor rank a plain linear layer, bias included."""
+    """Megatron-Core's, which overlaps its communication; with one tensor rank a plain linear layer.
+
+    torch.compile gets the plain form of both passes instead: a product, and a collective before it.
+    """
 
     def forward(
         self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.output_size_per_partition < self.output_size:
-            return super().forward(input_, weight, runtime_gather_output)
+            if not torch.compiler.is_compiling():
+                return super().forward(input_, weight, runtime_gather_output)
+            if self.sequence_parallel:
+                # All-gather of S x B x M; backward, a reduce-scatter of it.
+                input_ = tensor_parallel.gather_from_sequence_parallel_region(input_, group=self.tp_group)
+            else:
+                # Nothing; backward, an all-reduce of S x B x M.
+                input_ = tensor_parallel.copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         return F.linear(input_, self.weight if weight is None else weight, self.bias), None
 
 
 class RowLinear(tensor_parallel.RowParallelLinear):
-    """Megatron-Core's; with one tensor rank a plain linear layer, bias included."""
+    """Megatron-Core's; with one tensor rank a plain linear layer, bias included. For torch.compile as `ColumnLinear`."""
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.input_size_per_partition < self.input_size:
+        if self.input_size_per_partition == self.input_size:
+            return F.linear(input_, self.weight, self.bias), None
+        if not torch.compiler.is_compiling():
             return super().forward(input_)
-        return F.linear(input_, self.weight, self.bias), None
+        out = F.linear(input_, self.weight)
+        if self.sequence_parallel:
+            # Reduce-scatter of S x B x M; backward, an all-gather of it.
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group), self.bias
+        # All-reduce of S x B x M; backward, nothing.
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(out, group=self.tp_group), self.bias

@@ -206,16 +206,22 @@ def varlen(library: Library | None) -> Varlen:
     return by_torch
 
 
+LEAST_BEGINS = 32
+"""Shortest answer of `document_begins`."""
+
+
 def document_begins(documents_BS: torch.Tensor) -> torch.Tensor:
     """Where documents begin in the rows laid end to end, and T at the end: int32 [N + 1], on the device of `documents_BS`.
 
     A row's beginning is one as well. N depends on the numbers themselves: on CUDA this would wait for the device, so give it
-    documents that are still on the host.
+    documents that are still on the host. Empty documents at the end make N + 1 a power of two: compiled layers meet a few
+    shapes, not a new one every time.
     """
     begins_BS = torch.ones_like(documents_BS, dtype=torch.bool)
     begins_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
     begins_N = begins_BS.flatten().nonzero().squeeze(1)
-    return F.pad(begins_N, (0, 1), value=documents_BS.numel()).to(torch.int32)
+    length = max(LEAST_BEGINS, 1 << len(begins_N).bit_length())
+    return F.pad(begins_N, (0, length - len(begins_N)), value=documents_BS.numel()).to(torch.int32)
 
 
 class TEAttention(CoreAttention):

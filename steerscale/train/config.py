@@ -194,7 +194,12 @@ class RunConfig:
         check_engine(self.engine, layout, sae=self.sae is not None)
         if self.sae is None:
             check_fp8_shapes(self.engine.fp8, self.model, layout)
+            check_compile(self.engine, self.model)
         else:
+            require(
+                self.engine.compile == "none",
+                f"engine.compile={self.engine.compile} is for GPTs: leave it out where SAEs train",
+            )
             require(
                 self.engine.fp8 == "none", f"engine.fp8={self.engine.fp8} is for GPTs: leave it out where SAEs train"
             )
@@ -214,6 +219,16 @@ class RunConfig:
         """All ranks of the run: those that train, and the language model's own if it has any."""
         placement = self.placement()
         return self.layout().world_size + (0 if placement is None else placement.producers.world_size)
+
+
+def check_compile(engine: EngineConfig, model: ModelConfig) -> None:
+    """Whether the layers can be compiled. Raises ConfigError naming what stands against it."""
+    for key, dropout in (("dropout", model.dropout), ("attention_dropout", model.attention_dropout)):
+        require(
+            engine.compile == "none" or dropout == 0,
+            f"engine.compile={engine.compile} with model.{key}={dropout}: dropout draws from Megatron-Core's generators, which "
+            f"torch.compile cannot follow; use engine.compile=none or model.{key}=0",
+        )
 
 
 def batch_size_at(ramp_up: RampUpConfig | None, layout: ParallelLayout, consumed_samples: int) -> int:
