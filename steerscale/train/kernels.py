@@ -27,6 +27,7 @@ def run_kernels(config: RunConfig, *, on_cuda: bool) -> KernelChoice:
         precision=engine.precision,
         documents=config.data is not None and config.data.reset_at_document_end,
         fp8=engine.fp8 != "none",
+        compiled=engine.compile != "none",
     )
     if engine.fp8 != "none" and choice.linear != "te":
         raise ConfigError(

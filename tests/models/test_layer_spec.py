@@ -75,6 +75,8 @@ def varlen_by_loop(
     parts, ends = [], begins_q.tolist()
     for begin, end in pairwise(ends):
         assert end - begin <= min(longest_q, longest_k)
+        if end == begin:
+            continue
         heads = [x[begin:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
         out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
         parts.append(out.squeeze(0).transpose(0, 1))
@@ -93,10 +95,13 @@ def varlen_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 def test_document_begins() -> None:
-    assert document_begins(DOCUMENTS_BS).tolist() == [0, 5, 6, 16, 32]
+    assert document_begins(DOCUMENTS_BS).tolist() == [0, 5, 6, 16, *[32] * 28]
     assert document_begins(DOCUMENTS_BS).dtype == torch.int32
     # The same number on either side of a row's end is no document that goes on.
-    assert document_begins(torch.zeros(3, 4, dtype=torch.int32)).tolist() == [0, 4, 8, 12]
+    assert document_begins(torch.zeros(3, 4, dtype=torch.int32)).tolist() == [0, 4, 8, *[12] * 29]
+    for documents, length in ((31, 32), (32, 64), (63, 64), (64, 128)):
+        begins = document_begins(torch.arange(documents).unsqueeze(0))
+        assert begins.tolist() == [*range(documents), *[documents] * (length - documents)]
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

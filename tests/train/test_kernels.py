@@ -27,11 +27,11 @@ def test_a_run_asks_for_the_kernels_of_its_model_and_data(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(kernels, "choose_kernels", choose)
     run_kernels(config(EngineConfig(kernels="te", precision="bf16", fp8="hybrid"), documents=True), on_cuda=True)
-    run_kernels(config(EngineConfig()), on_cuda=False)
+    run_kernels(config(EngineConfig(compile="blocks")), on_cuda=False)
     common = {"model": LLAMA}
     assert asked == [
-        ("te", {"on_cuda": True, "precision": "bf16", "documents": True, "fp8": True, **common}),
-        ("auto", {"on_cuda": False, "precision": "fp32", "documents": False, "fp8": False, **common}),
+        ("te", {"on_cuda": True, "precision": "bf16", "documents": True, "fp8": True, "compiled": False, **common}),
+        ("auto", {"on_cuda": False, "precision": "fp32", "documents": False, "fp8": False, "compiled": True, **common}),
     ]
 
 
