@@ -3,8 +3,8 @@
 Megatron-Core's own layer serves many more architectures than ours; a forward pass of one page runs faster on small models,
 can be read, and is one graph for torch.compile. Parameter names are Megatron-Core's.
 
-Shapes: S sequence ([S / TP] between the matrices under sequence parallelism), B batch, M d_model, G key/value groups and H heads
-of this rank, D head width.
+Shapes: S sequence ([S / TP] between the matrices under sequence parallelism), B batch, M d_model, G key/value groups and H
+heads of this rank, D head width.
 """
 
 import os
@@ -171,6 +171,7 @@ class MLP(torch.nn.Module):
     def __init__(self, config: TransformerConfig, parts: LayerParts, pg_collection: ProcessGroupCollection) -> None:
         super().__init__()
         self.activation = parts.gated_activation if config.gated_linear_unit else config.activation_func
+        assert config.ffn_hidden_size is not None
         common: Any = {"config": config, "is_expert": False, "tp_group": pg_collection.tp}
         self.linear_fc1 = parts.column(
             config.hidden_size,
@@ -216,13 +217,15 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
             else:
                 # Nothing; backward, an all-reduce of S x B x M.
                 input_ = tensor_parallel.copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        return F.linear(input_, self.weight if weight is None else weight, self.bias), None
+        weight = self.weight if weight is None else weight
+        assert weight is not None
+        return F.linear(input_, weight, self.bias), None
 
 
 class RowLinear(tensor_parallel.RowParallelLinear):
     """Megatron-Core's; with one tensor rank a plain linear layer, bias included. For torch.compile as `ColumnLinear`."""
 
-    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:  # type: ignore[override]
         if self.input_size_per_partition == self.input_size:
             return F.linear(input_, self.weight, self.bias), None
         if not torch.compiler.is_compiling():

@@ -37,7 +37,9 @@ def test_split_heads_rotates(queries: int, batch: int) -> None:
         torch.testing.assert_close(one, other)
     weights = [random(*one.shape, seed=seed) for seed, one in enumerate(expected)]
     gradients = [
-        torch.autograd.grad(sum((one * weight).sum() for one, weight in zip(outputs, weights)), qkv)[0]
+        torch.autograd.grad(torch.cat([(one * weight).flatten() for one, weight in zip(outputs, weights)]).sum(), qkv)[
+            0
+        ]
         for outputs in (got, expected)
     ]
     torch.testing.assert_close(*gradients)
