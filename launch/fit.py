@@ -45,7 +45,7 @@ def does_it_fit(config: RunConfig, *, machine: Machine | None = None) -> Verdict
     if machine is None or config.sae is not None:
         return None
     plan = plan_run(config, machine)
-    known = config.engine.precision == "bf16"
+    known = config.engine.precision != "fp32"
     return Verdict(machine=machine, fit=plan.fit, seconds_per_iteration=plan.time.total if known else None)
 
 

@@ -219,8 +219,8 @@ def _predicted(entry: Entry, config: RunConfig, settings: SweepConfig) -> Entry:
     calibrated = read_calibration(Path(settings.calibration)) if settings.calibration else None
     machine = calibrated or machine_of_run(config)
     memory = estimate_memory(config.model, config.layout(), engine=config.engine)
-    # Without a calibration only bf16 has a peak to predict from.
-    timed = machine is not None and (calibrated is not None or config.engine.precision == "bf16")
+    # Without a calibration fp32 has no peak to predict from.
+    timed = machine is not None and (calibrated is not None or config.engine.precision != "fp32")
     plan = plan_run(config, machine) if machine is not None and timed else None
     device_gib = settings.memory_gib or (machine.memory_gib if machine is not None else None)
     reason = ""

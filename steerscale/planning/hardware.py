@@ -21,7 +21,8 @@ class Device:
     """One accelerator by its datasheet."""
 
     bf16_tflops: float
-    """Dense bf16 peak with fp32 accumulation, 1e12 FLOP/s; the sparse figures on datasheets are twice this."""
+    """Dense bf16 peak with fp32 accumulation, 1e12 FLOP/s, and fp16's, which the datasheets of all these say is the same; their
+    sparse figures are twice this."""
     memory_gib: float
     """Memory as sold. The driver keeps about 1 GiB: where the device can be asked, its own answer is better."""
     bandwidth_gb_per_second: float
@@ -63,14 +64,14 @@ def peak_tflops(name: str, *, precision: Precision = "bf16", override: float | N
 
     Args:
         name: as for `find_device`.
-        precision: only bf16 has a peak here: what fp32 reaches depends on whether TF32 is allowed.
+        precision: fp32 has no peak here: what it reaches depends on whether TF32 is allowed.
         override: the user's own figure, for devices missing from the table or clocked differently.
     """
     if override is not None:
         require(override > 0, f"peak_tflops must be positive or null, got {override}")
         return override
     device = find_device(name)
-    if device is not None and precision == "bf16":
+    if device is not None and precision != "fp32":
         return device.bf16_tflops
     logger.warning("no %s peak is known for %r: no MFU and no HFU; set peak_tflops to have them", precision, name)
     return None

@@ -117,7 +117,7 @@ def machine_of(
     """
     key = device_key(device)
     known = DEVICES[key]
-    if precision != "bf16":
+    if precision == "fp32":
         raise ConfigError(
             f"no {precision} peak is known for {key}: plan with precision bf16, or give a --calibration FILE of fp32 runs"
         )

@@ -65,6 +65,33 @@ def test_plan_searches_what_it_is_told(capsys: pytest.CaptureFixture[str]) -> No
     assert all(not layout["sequence"] and layout["zero"] == 1 for layout in layouts)
 
 
+def test_plan_of_deepspeed(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--engine", "deepspeed", "--precision", "fp16", "--zero", "2,3", "--offload-optimizer"]
+    found = answer(capsys, *CASE, *options)
+    assert (found["engine"], found["precision"]) == ("deepspeed", "fp16")
+    assert {plan["layout"]["zero"] for plan in found["plans"]} <= {2, 3}
+    for plan in found["plans"]:
+        assert plan["memory"]["host_gib"] > 0
+        assert {"engine=deepspeed", "engine.offload_optimizer=true", "engine.precision=fp16"} <= set(plan["overrides"])
+    assert main([*CASE, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "DS ZeRO-3 offload" in printed
+    assert "of the host's memory for its optimizer" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--precision", "fp16"], "engine.precision=fp16 needs engine=deepspeed"),
+        (["--offload-optimizer"], "is a setting of DeepSpeed"),
+    ],
+)
+def test_plan_refuses_what_the_engine_does_not_have(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert message in refusal(capsys, *CASE, *options)
+
+
 def test_plan_says_what_is_nearest_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "175b", "--gpus", "8", "--gpu", "a100-40gb", "--global-batch-size", "8"]) == 0
     text = capsys.readouterr().out

@@ -53,7 +53,7 @@ def test_peak_tflops_of_an_unknown_device_is_none_and_says_so(caplog: pytest.Log
 
 
 def test_peak_tflops_of_bf16_is_not_applied_to_fp32() -> None:
-    assert peak_tflops("NVIDIA H200", precision="bf16") == 989
+    assert peak_tflops("NVIDIA H200", precision="bf16") == peak_tflops("NVIDIA H200", precision="fp16") == 989
     assert peak_tflops("NVIDIA H200", precision="fp32") is None
 
 
