@@ -12,6 +12,7 @@ have the same names, shapes and attributes: checkpoints, imports and exports do 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ Normalization = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, float
 """(x, weight, bias or None, eps) -> x normalised over its last dimension: with a bias LayerNorm, without RMSNorm."""
 
 
+@cache  # one function for all layers: torch.compile would take each for another
 def normalization(library: Library | None) -> Normalization:
     """The function by which `Norm` normalises: torch's, Apex's or Liger's."""
     if library == "apex":
@@ -192,6 +194,7 @@ class VarlenAttention(CoreAttention):
         return out_THD.unflatten(0, (batch_size, length)).transpose(0, 1).flatten(start_dim=2).contiguous()
 
 
+@cache
 def varlen(library: Library | None) -> Varlen:
     """The kernel of `VarlenAttention`: flash-attention's own, or torch's copy of it."""
     if library == "flash":

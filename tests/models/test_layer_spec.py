@@ -34,6 +34,13 @@ DOCUMENTS_BS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 10, [0] * 16])
 TE = KernelChoice(norm="te", linear="te", attention="te")
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_remembered() -> Iterator[None]:
+    yield
+    layer_spec.normalization.cache_clear()
+    layer_spec.varlen.cache_clear()
+
+
 @pytest.fixture
 def context() -> Iterator[ParallelContext]:
     with initialize(ParallelLayout(micro_batch_size=2)) as one:
