@@ -109,7 +109,7 @@ def _sae_step(result: Result) -> Iterator[Row]:
             if side in width["speedup"]:
                 yield Row(f"vectors/s, {name}; {side}", speed["ours"], speed[side], width["speedup"][side], goal)
             elif goal is not None:
-                yield Row(f"vectors/s, {name}; {side} is not installed", speed["ours"], limit=goal)
+                yield Row(f"vectors/s, {name}; {side} is not installed", None, limit=goal)
         over = width["ours_over_gemm"]
         yield Row(f"a step in products of the encoder, {name}", None, None, over, 1.5, at_most=True)
 
