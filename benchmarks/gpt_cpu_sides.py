@@ -102,18 +102,17 @@ def write_weights(directory: Path, size: Size) -> None:
     LlamaForCausalLM(_llama(size)).save_pretrained(directory)
 
 
-def _config(size: Size, directory: Path, *, steps: int) -> RunConfig:
+def _config(size: Size, directory: Path, *, steps: int, side: str = "ours") -> RunConfig:
     """A run of ours, as it would be on one rank."""
     return RunConfig(
         name="gpt_cpu",
-        run_dir=str(directory / "ours"),
+        run_dir=str(directory / side),
         model=size.model,
         data=DataConfig(path=str(directory / "data"), random_offset=False),
         train=TrainConfig(steps=steps, eval_interval=0, init_from=str(directory / "weights")),
         optim=OptimConfig(lr=LR, min_lr=0.0, schedule="constant"),
         parallel=ParallelConfig(micro_batch_size=size.micro_batch_size, gradient_accumulation_steps=size.micro_batches),
-        # With one replica there is nothing to shard, and gathering it would be a copy of all parameters a step.
-        engine=EngineConfig(distributed_optimizer=False),
+        engine=EngineConfig(compile="blocks" if side == "ours_compiled" else "none"),
         checkpoint=CheckpointConfig(at_end=False),
         metrics=MetricsConfig(interval=1, tensorboard=False),
         seed=SEED,
@@ -133,7 +132,7 @@ class PacedProfiler(StepProfiler):
         return self._traced(step) if self._pace.profiled else nullcontext()
 
 
-def _ours(size: Size, directory: Path, pace: Pace) -> list[float]:
+def _ours(side: str, size: Size, directory: Path, pace: Pace) -> list[float]:
     from steerscale.checkpoint.store import CheckpointStore
     from steerscale.metrics import Recorder, read_records
     from steerscale.parallel.context import initialize
@@ -141,7 +140,7 @@ def _ours(size: Size, directory: Path, pace: Pace) -> list[float]:
     from steerscale.train.loop import Loop, Progress
     from steerscale.train.signals import StopRequest
 
-    config = _config(size, directory, steps=10**6)
+    config = _config(size, directory, steps=10**6, side=side)
     run_dir = Path(config.run_dir)
     (run_dir / DIRECTORY).mkdir(parents=True)
     with (
@@ -166,15 +165,13 @@ def _ours(size: Size, directory: Path, pace: Pace) -> list[float]:
     raise AssertionError("the loop ended by itself")
 
 
-def _transformers(size: Size, directory: Path, pace: Pace) -> list[float]:
+def _transformers(side: str, size: Size, directory: Path, pace: Pace) -> list[float]:
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
     from steerscale.data.dataset import SampleStream
 
-    (directory / "transformers").mkdir()
-    profiler = StepProfiler(
-        ProfileConfig(steps=[1]), run_dir=directory / "transformers", rank=0, device=torch.device("cpu")
-    )
+    (directory / side).mkdir()
+    profiler = StepProfiler(ProfileConfig(steps=[1]), run_dir=directory / side, rank=0, device=torch.device("cpu"))
 
     class Turns(TrainerCallback):
         trace = ExitStack()
@@ -211,7 +208,7 @@ def _transformers(size: Size, directory: Path, pace: Pace) -> list[float]:
 
     losses = Losses()
     model = LlamaForCausalLM.from_pretrained(directory / "weights", dtype=torch.float32, attn_implementation="sdpa")
-    arguments = _training_arguments(size, directory)
+    arguments = _training_arguments(size, directory, compiled=side == "transformers_compiled")
     trainer = Trainer(model=model, args=arguments, train_dataset=Samples(), callbacks=[losses, Turns()])
     try:
         trainer.train()
@@ -220,7 +217,7 @@ def _transformers(size: Size, directory: Path, pace: Pace) -> list[float]:
     raise AssertionError("the trainer ended by itself")
 
 
-def _training_arguments(size: Size, directory: Path) -> Any:
+def _training_arguments(size: Size, directory: Path, *, compiled: bool) -> Any:
     """Trainer's settings for the run that `_config` describes."""
     from transformers import TrainingArguments
 
@@ -243,20 +240,22 @@ def _training_arguments(size: Size, directory: Path) -> Any:
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
+        torch_compile=compiled,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         seed=SEED,
     )
 
 
-def _products(size: Size, directory: Path, pace: Pace) -> list[float]:
-    """The matrix products of a step, each on matrices of its own."""
+def _products(side: str, size: Size, directory: Path, pace: Pace) -> list[float]:
+    """The matrix products of a step, each on matrices of its own; "gemm" leaves out those of the attention."""
     tokens = size.micro_batch_size * size.model.seq_len
     weights = [torch.randn(rows, columns) for rows, columns in _matrices(size)]
     widths = {width for weight in weights for width in weight.shape}
     activations = {width: torch.randn(tokens, width) for width in widths}
     outputs = {width: torch.empty(tokens, width) for width in widths}
     gradients = [torch.empty_like(weight) for weight in weights]
+    attention = _attention_products(size) if side == "gemm_attention" else lambda: None
     try:
         while True:
             pace.turn()
@@ -266,8 +265,28 @@ def _products(size: Size, directory: Path, pace: Pace) -> list[float]:
                 for weight, gradient in zip(reversed(weights), reversed(gradients)):
                     torch.mm(activations[weight.shape[0]], weight, out=outputs[weight.shape[1]])
                     torch.mm(activations[weight.shape[0]].T, activations[weight.shape[1]], out=gradient)
+                attention()
     except End:
         return []
+
+
+def _attention_products(size: Size) -> Callable[[], None]:
+    """A micro-batch's products of queries, keys, values and scores, forward and backward, whole and not half for causality."""
+    model = size.model
+    heads, length, width = size.micro_batch_size * model.num_heads, model.seq_len, model.head_width
+    narrow, scores = torch.randn(heads, length, width), torch.randn(heads, length, length)
+    narrow_out, scores_out = torch.empty_like(narrow), torch.empty_like(scores)
+
+    def run() -> None:
+        for _ in range(model.num_layers):
+            for _ in range(2):  # queries with keys; the output's gradient with values
+                torch.bmm(narrow, narrow.mT, out=scores_out)
+            for _ in range(2):  # scores with values; the scores' gradient with keys
+                torch.bmm(scores, narrow, out=narrow_out)
+            for _ in range(2):  # the gradients of keys and of values
+                torch.bmm(scores.mT, narrow, out=narrow_out)
+
+    return run
 
 
 def _matrices(size: Size) -> list[tuple[int, int]]:
@@ -284,14 +303,18 @@ def _matrices(size: Size) -> list[tuple[int, int]]:
 
 
 def gemm_flops(size: Size) -> float:
-    """Of a step's matrix products, forward and backward."""
+    """Of a step's matrix products without the attention's, forward and backward."""
     return 6.0 * size.tokens * sum(rows * columns for rows, columns in _matrices(size))
 
 
-SIDES: dict[str, Callable[[Size, Path, Pace], list[float]]] = {
+SIDES: dict[str, Callable[[str, Size, Path, Pace], list[float]]] = {
     "gemm": _products,
+    "gemm_attention": _products,
     "ours": _ours,
+    "ours_compiled": _ours,
     "transformers": _transformers,
+    "transformers_compiled": _transformers,
 }
-"""Name -> (size, directory, pace) -> losses of its steps."""
-TRAINERS = ("ours", "transformers")
+"""Name -> (name, size, directory, pace) -> losses of its steps."""
+BOUNDS = ("gemm", "gemm_attention")
+"""Sides that train nothing."""

@@ -68,12 +68,13 @@ class MegatronEngine:
         overlap = engine.overlap and on_cuda
         self.unwrapped = list(chunks)
         self.shards = list(shards)
-        self._distributed = engine.distributed_optimizer
+        # With one replica there is nothing to shard, and gathering it would be a copy of all parameters a step.
+        self._distributed = engine.distributed_optimizer and context.layout.data > 1
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=engine.distributed_optimizer,
+            use_distributed_optimizer=self._distributed,
             overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap and engine.distributed_optimizer,
+            overlap_param_gather=overlap and self._distributed,
         )
         self.chunks = [
             DistributedDataParallel(
@@ -99,8 +100,8 @@ class MegatronEngine:
                     clip_grad=optim.clip,
                     bf16=bf16,
                     params_dtype=config.params_dtype,
-                    use_distributed_optimizer=engine.distributed_optimizer,
-                    overlap_param_gather=overlap and engine.distributed_optimizer,
+                    use_distributed_optimizer=self._distributed,
+                    overlap_param_gather=overlap and self._distributed,
                 ),
                 [*self.chunks],
                 use_gloo_process_groups=False,

@@ -277,14 +277,12 @@ def _build(number: int, spec: SAESpec, config: RunConfig, stage: ParallelContext
     draw_weights(sae, seed=config.seed)
     if config.engine.name == "deepspeed":
         return Trained(number=number, sae=sae, engine=_deepspeed_engine(sae, config, stage))
-    # One replica has nothing to shard its optimizer over, and would copy all parameters three times a step for it.
-    sharded = config.engine.distributed_optimizer and stage.layout.data > 1
     engine = MegatronEngine(
         [sae],
         shards=list(sae.shards()),
         config=sae.config,
         # Parameters are float32 whatever the products are computed in, and one shallow layer leaves nothing to overlap.
-        engine=replace(config.engine, precision="fp32", overlap=False, distributed_optimizer=sharded),
+        engine=replace(config.engine, precision="fp32", overlap=False),
         optim=config.optim,
         context=stage,
         num_reported=len(REPORTED),
