@@ -1,4 +1,4 @@
-"""Rotary position embedding, SwiGLU and cross-entropy with backward passes of their own: fewer passes over memory, less kept.
+"""Rotary position embedding, SwiGLU, RMSNorm and cross-entropy with their own backward: fewer passes over memory, less kept.
 
 Each equals the plain formula that stands beside it in the tests. Under torch.compile the plain formulas are used, which the
 compiler fuses better than any hand-written order of operations.
@@ -103,6 +103,34 @@ class _SwiGLU(torch.autograd.Function):
         torch.mul(gradient, F.silu(gate), out=d_up)
         torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=d_gate)
         return out
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019).
+
+    torch has one kernel for it on CUDA; on a CPU it is ten operations, and twice as many backward.
+    """
+    if x.is_cuda or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)  # type: ignore[return-value]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        normal = x * scale
+        products = (gradient * normal).flatten(end_dim=-2)
+        d_weight = products.sum(dim=0)
+        # The part of the gradient along x: moving along x changes nothing.
+        along = (products @ weight).div_(x.shape[-1]).view_as(scale)
+        return (gradient * weight).addcmul_(normal, along, value=-1).mul_(scale), d_weight, None
 
 
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}

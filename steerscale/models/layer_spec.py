@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from steerscale.accelerators import TORCH, KernelChoice, Library
-from steerscale.models.functions import swiglu
+from steerscale.models.functions import rms_norm, swiglu
 from steerscale.models.layer import ColumnLinear, Layer, LayerParts, RowLinear
 from steerscale.parallel.megatron import (
     ModuleSpec,
@@ -96,7 +96,7 @@ def normalization(library: Library | None) -> Normalization:
 
 def _by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     if bias is None:
-        return F.rms_norm(x, weight.shape, weight, eps)
+        return rms_norm(x, weight, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from steerscale.models.functions import CHUNK_ELEMENTS, cross_entropy, rotate, split_heads, swiglu
+from steerscale.models.functions import CHUNK_ELEMENTS, cross_entropy, rms_norm, rotate, split_heads, swiglu
 from steerscale.models.gpt import rotary_table
 from steerscale.parallel.context import initialize
 from steerscale.parallel.layout import ParallelLayout
@@ -66,6 +66,15 @@ def test_swiglu_gradient() -> None:
     expected = F.silu(gate) * up
     torch.testing.assert_close(swiglu(gate_up), expected)
     assert torch.autograd.gradcheck(swiglu, gate_up)
+
+
+def test_rms_norm_repeats_torch() -> None:
+    x, weight = random(5, 3, 16, dtype=torch.float32), random(16, seed=1, dtype=torch.float32)
+    got, expected = rms_norm(x, weight, 1e-3), F.rms_norm(x, (16,), weight, 1e-3)
+    torch.testing.assert_close(got, expected)
+    upstream = random(5, 3, 16, seed=2, dtype=torch.float32)
+    for one, other in zip(*(torch.autograd.grad((out * upstream).sum(), (x, weight)) for out in (got, expected))):
+        torch.testing.assert_close(one, other)
 
 
 def losses_and_gradient(dtype: torch.dtype, scale: float, tensor: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
