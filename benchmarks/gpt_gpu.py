@@ -150,7 +150,7 @@ def _measure(case: Case, args: argparse.Namespace, directory: Path, device: str,
     ours = speed.get("ours_compiled")
     ratios = {name: round(ours / speed[name], 4) for name in speed if ours and name != "ours_compiled"}
     for name, ratio in ratios.items():
-        print(f"  ours_compiled / {name:<14}{against(ratio, RATIO_GOAL)}")
+        print(f"  ours_compiled / {name:<14}{against(ratio, RATIO_GOAL) if name == 'pytorch' else f'{ratio:.3g}'}")
     described = {key: value for key, value in asdict(case).items() if key != "name"}
     return {**described, "planned_gib": case.planned_gib, "sides": sides, "ratios": ratios, "trouble": trouble}
 

@@ -1,6 +1,6 @@
 """A training step of a TopK SAE on given activations: the engine, bare functions, and other packages, on the same work.
 
-    python benchmarks/sae_step.py [--widths 768 512] [--rounds 9] [--threads 2] [--quick]
+    python benchmarks/sae_step.py [--widths 768 512] [--latents 16384] [--batch 2048] [--rounds 9] [--threads 2] [--quick]
 
 Sides, each in a process of its own, steps alternating; the first two rounds are warm-up and figures are medians:
 
@@ -12,7 +12,7 @@ Sides, each in a process of its own, steps alternating; the first two rounds are
 
 A step: forward, loss, backward, and all duties of a step: decoder at unit norm with its gradient projected, clipping, Adam
 (fused where the side allows it), dead-latent counters. All float32, k latents of N, synthetic activations made of sparse
-features.
+features. On the CPU, or on the first CUDA device where there is one (never run there yet; the limits are those of the CPU).
 The last line is one JSON object with tokens per second and the ratios to the others.
 """
 
@@ -35,7 +35,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks._common import against, print_environment
+from benchmarks._common import against, gpu_environment, print_environment
 from benchmarks.sae_step_sides import SIDES, Work, installed
 
 WARM_UP = 2
@@ -51,12 +51,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", nargs="+", type=int, default=[768, 512])
     parser.add_argument("--rounds", type=int, default=9, help="measured steps of each side")
+    parser.add_argument("--latents", type=int, default=Work(d=1).latents)
+    parser.add_argument("--batch", type=int, default=Work(d=1).batch)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=[side for side in SIDES if installed(side)])
     parser.add_argument("--quick", action="store_true", help="a tiny SAE and two rounds: does it run?")
     args = parser.parse_args()
     environment = print_environment("megatron-core", "eai-sparsify", "sae-lens")
-    works = [Work(d=64, latents=512, k=8, batch=128)] if args.quick else [Work(d=d) for d in args.widths]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    environment |= {"device": device} if device == "cpu" else gpu_environment()
+    works = [Work(d=d, latents=args.latents, batch=args.batch, device=device) for d in args.widths]
+    if args.quick:
+        works = [Work(d=64, latents=512, k=8, batch=128, device=device)]
     sides = list(dict.fromkeys(["gemm", "ours", *args.sides]))
     rounds = 2 if args.quick else args.rounds
     results = {f"d={work.d}": measure(work, sides, rounds=rounds, threads=args.threads) for work in works}
@@ -104,7 +110,7 @@ def measure(work: Work, sides: list[str], *, rounds: int, threads: int) -> dict[
         "speedup": {side: round(wall[side] / wall["ours"], 3) for side in sides if side not in ("gemm", "ours")},
         "cpu_speedup": {side: round(cpu[side] / cpu["ours"], 3) for side in sides if side not in ("gemm", "ours")},
     }
-    print(f"d={work.d}, N={work.latents}, k={work.k}, B={work.batch}, float32, {threads} threads")
+    print(f"d={work.d}, N={work.latents}, k={work.k}, B={work.batch}, float32, {threads} threads, {work.device}")
     print(f"  {'':<14} {'s/step':>8} {'best':>8} {'CPU s':>8} {'tokens/s':>9} {'/ gemm':>7} {'ours is':>8}")
     for side in sides:
         row = f"{wall[side]:8.3f} {best[side]:8.3f} {cpu[side]:8.3f} {work.batch / wall[side]:9,.0f}"
@@ -136,7 +142,7 @@ def _serve(connection: Connection, side: str, work: Work, threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
-    batches = _batches(work)
+    batches = [batch.to(work.device) for batch in _batches(work)]
     with SIDES[side](work, batches[0]) as step:
         number = 0
         while True:
@@ -146,6 +152,8 @@ def _serve(connection: Connection, side: str, work: Work, threads: int) -> None:
                 return
             wall, cpu = time.perf_counter(), time.process_time()
             step(number, batches[number % NUM_BATCHES])
+            if work.device == "cuda":
+                torch.cuda.synchronize()  # the loss was read before the optimizer's step
             connection.send((time.perf_counter() - wall, time.process_time() - cpu))
             number += 1
 

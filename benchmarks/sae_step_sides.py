@@ -23,11 +23,13 @@ class Work:
     latents: int = 16384
     k: int = 32
     batch: int = 2048
+    device: str = "cpu"
 
 
 @contextmanager
 def _gemm(work: Work, first: torch.Tensor) -> Iterator[Step]:
-    weight, bias = torch.randn(work.latents, work.d), torch.zeros(work.latents)
+    weight = torch.randn(work.latents, work.d, device=first.device)
+    bias = torch.zeros(work.latents, device=first.device)
     yield lambda number, x: float(F.linear(x, weight, bias)[0, 0])
 
 
@@ -79,8 +81,8 @@ def _functions(work: Work, first: torch.Tensor) -> Iterator[Step]:
     for weight in (W_enc, W_dec):
         weight.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
     adam = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
-    unused = torch.zeros(work.latents)
-    buffer = torch.empty(work.batch, work.latents)
+    unused = torch.zeros(work.latents, device=first.device)
+    buffer = torch.empty(work.batch, work.latents, device=first.device)
 
     def step(number: int, x: torch.Tensor) -> float:
         W_enc.main_grad.zero_()
@@ -112,7 +114,7 @@ def _functions(work: Work, first: torch.Tensor) -> Iterator[Step]:
 def _torch(work: Work, first: torch.Tensor) -> Iterator[Step]:
     W_enc, W_dec, b_enc, b_dec = _parameters(work, first)
     adam = torch.optim.Adam([W_enc, W_dec, b_enc, b_dec], lr=LR, fused=True)
-    unused = torch.zeros(work.latents)
+    unused = torch.zeros(work.latents, device=first.device)
 
     @torch.no_grad()
     def step(number: int, x: torch.Tensor) -> float:
@@ -151,21 +153,24 @@ def _transposed_product(latents: torch.Tensor, values: torch.Tensor, y: torch.Te
 
 def _parameters(work: Work, first: torch.Tensor) -> list[torch.nn.Parameter]:
     """W_enc and W_dec, equal and of unit rows; b_enc; b_dec at the mean of the first batch."""
-    rows = F.normalize(torch.randn(work.latents, work.d), dim=1)
-    initial = [rows, rows.clone(), torch.zeros(work.latents), first.mean(0)]
+    rows = F.normalize(torch.randn(work.latents, work.d, device=first.device), dim=1)
+    initial = [rows, rows.clone(), torch.zeros(work.latents, device=first.device), first.mean(0)]
     return [torch.nn.Parameter(tensor) for tensor in initial]
 
 
 @contextmanager
 def _sparsify(work: Work, first: torch.Tensor) -> Iterator[Step]:
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # or it launches Triton kernels on the CPU, where Triton is installed
+    if first.device.type == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = (
+            "1"  # or it launches Triton kernels on the CPU, where Triton is installed
+        )
     from sparsify.config import SparseCoderConfig
     from sparsify.sparse_coder import SparseCoder
 
-    coder = SparseCoder(work.d, SparseCoderConfig(num_latents=work.latents, k=work.k), device="cpu")
+    coder = SparseCoder(work.d, SparseCoderConfig(num_latents=work.latents, k=work.k), device=str(first.device))
     coder.b_dec.data = first.mean(0)
     adam = torch.optim.Adam(coder.parameters(), lr=LR)  # as their trainer makes it
-    unused = torch.zeros(work.latents, dtype=torch.long)
+    unused = torch.zeros(work.latents, dtype=torch.long, device=first.device)
 
     def step(number: int, x: torch.Tensor) -> float:
         coder.set_decoder_norm_to_unit_norm()
@@ -189,14 +194,14 @@ def _sae_lens(work: Work, first: torch.Tensor) -> Iterator[Step]:
     from sae_lens.training.sae_trainer import SAETrainer
 
     sae = TopKTrainingSAE(
-        TopKTrainingSAEConfig(d_in=work.d, d_sae=work.latents, k=work.k, device="cpu", dtype="float32")
+        TopKTrainingSAEConfig(d_in=work.d, d_sae=work.latents, k=work.k, device=str(first.device), dtype="float32")
     )
     config = SAETrainerConfig(
         n_checkpoints=0,
         checkpoint_path=None,
         save_final_checkpoint=False,
         total_training_samples=10**9,
-        device="cpu",
+        device=str(first.device),
         autocast=False,
         lr=LR,
         lr_end=LR,
