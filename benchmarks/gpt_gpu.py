@@ -11,12 +11,13 @@ Sides, each in a process of its own, one after the other on the same GPU:
 - megatron: Megatron-Core's `GPTModel` on `get_gpt_layer_local_spec` with its own attention (which stores the scores) and norms,
   in Megatron-Core's schedule, gradient buffers and optimizer.
 
-The same arithmetic in all of them: bf16 weights, gradients added up in float32, AdamW on float32 main weights. Same initial
-weights, same samples from the same loader; their losses are compared. The micro-batch is the largest that the planner says
-fits; a side that runs out of memory tries again with half of it and as many more. `largest`: as many layers of 6.7b's width as
-fit. A step's time is from its beginning to that of the next, with the device idle at both; figures are medians.
-Model FLOPs, MFU and the plan are docs/throughput.md's and docs/planning.md's; "allocated" is torch's peak after the warm-up and
-is held against the plan, which has neither the CUDA context nor fragmentation; "reserved" is what torch took in all.
+The same arithmetic in all of them: bf16 weights, gradients added up in float32, AdamW on float32 main weights; torch's kernels
+only. Same initial weights, same samples from the same loader; their losses are compared. The micro-batch is the largest that
+the planner says fits (for megatron with its stored scores); a side that runs out of memory tries again with half of it and
+twice as many. `largest`: as many layers of 6.7b's width as fit. A step's time is from its beginning to that of the next, with
+the device idle at both; figures are medians. Model FLOPs, MFU and the plan are docs/throughput.md's and docs/planning.md's;
+"allocated" is torch's peak after the warm-up and is held against the plan, which has neither the CUDA context nor
+fragmentation; "reserved" is what torch took in all.
 
 --seconds is for everything: what no longer fits is left out and named. The last line is one JSON object: `ratio` is
 ours_compiled / pytorch in tokens per second, the lowest of all cases. Status 1 if a side failed or its losses were others.
@@ -42,8 +43,9 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks._common import against, environment, gpu_environment, show
-from benchmarks.gpt_gpu_cases import SIZES, Case, make_case, tiny_cases
+from benchmarks.gpt_gpu_cases import SIZES, Case, make_case, planned_gib, tiny_cases
 from steerscale.config import from_mapping
+from steerscale.planning.fit import usable_gib
 from steerscale.planning.hardware import find_device
 from steerscale.planning.throughput import throughput
 
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="gpt_gpu-") as name:
         for case in cases:
-            results[case.name] = _measure(case, args, Path(name), found["device"], until=begun + args.seconds)
+            results[case.name] = _measure(case, args, Path(name), found, until=begun + args.seconds)
     ratios = [entry["ratios"]["pytorch"] for entry in results.values() if "pytorch" in entry["ratios"]]
     mfus = {
         name: entry["sides"]["ours_compiled"].get("mfu")
@@ -82,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(f"ours_compiled / pytorch, lowest: {against(min(ratios, default=None), RATIO_GOAL)}")
     print(f"MFU of ours_compiled, 1.3b s2048: {against(mfus.get('1.3b s2048'), MFU_GOAL)}")
+    over = [entry["sides"].get("ours", {}).get("allocated_over_plan") for entry in results.values()]
+    off = [abs(share - 1) for share in over if share is not None]
+    print(f"peak of ours off its plan, most: {against(max(off, default=None), PLAN_GOAL, at_most=True)}")
     print(json.dumps({"ratio": min(ratios, default=None), "environment": found, "cases": results}))
     return 1 if any(entry["trouble"] for entry in results.values()) else 0
 
@@ -124,7 +129,9 @@ def _cases(args: argparse.Namespace, *, device_gib: float) -> list[Case]:
     return cases
 
 
-def _measure(case: Case, args: argparse.Namespace, directory: Path, device: str, *, until: float) -> dict[str, Any]:
+def _measure(
+    case: Case, args: argparse.Namespace, directory: Path, found: dict[str, Any], *, until: float
+) -> dict[str, Any]:
     """All sides of a case: print a line each, return the figures."""
     print(
         f"{case.name}: {case.model.num_parameters():,} parameters, {case.model.num_layers} layers, {case.tokens:,} tokens a "
@@ -137,7 +144,7 @@ def _measure(case: Case, args: argparse.Namespace, directory: Path, device: str,
     for side in args.sides:
         if side == "transformers" and case.model.position != "rotary":
             continue  # it is a Llama
-        sides[side] = _side(case, side, directory, device, until=until)
+        sides[side] = _side(case, side, directory, found, until=until)
         print(f"  {side:<14}{_row(sides[side])}", flush=True)
     reference = sides.get("ours", {}).get("losses")
     trouble = [name for name, figures in sides.items() if "failed" in figures]
@@ -160,8 +167,12 @@ def _differ(losses: Sequence[float], reference: Sequence[float]) -> bool:
     return not all(abs(a / b - 1) < LOSSES_DIFFER for a, b in zip(losses, reference, strict=True))
 
 
-def _side(case: Case, side: str, directory: Path, device: str, *, until: float) -> dict[str, Any]:
-    """Run a side in its process, with smaller micro-batches where it runs out of memory."""
+def _side(case: Case, side: str, directory: Path, found: dict[str, Any], *, until: float) -> dict[str, Any]:
+    """Run a side in its process, with smaller micro-batches where it needs them."""
+    fused = side != "megatron"
+    usable = usable_gib(found.get("device_gib", float("inf")))
+    while case.micro_batch_size > 1 and planned_gib(case.model, case.micro_batch_size, fused_attention=fused) > usable:
+        case = case.halved()
     while True:
         left = until - time.monotonic()
         if left < SHORTEST:
@@ -174,7 +185,7 @@ def _side(case: Case, side: str, directory: Path, device: str, *, until: float) 
     if "step_seconds" not in figures:
         return figures
     seconds = statistics.median(figures["step_seconds"])
-    known = find_device(device)
+    known, planned = find_device(found["device"]), planned_gib(case.model, case.micro_batch_size, fused_attention=fused)
     rates = throughput(
         seconds,
         model=case.model,
@@ -186,10 +197,10 @@ def _side(case: Case, side: str, directory: Path, device: str, *, until: float) 
         "tokens_per_second": round(rates.tokens_per_second_per_gpu, 1),
         "model_tflops": round(rates.model_tflops_per_gpu, 3),
         "mfu": None if rates.mfu is None else round(rates.mfu, 4),
-        "planned_gib": round(case.planned_gib, 3),
+        "planned_gib": round(planned, 3),
     }
     if "allocated_gib" in figures:
-        figures["allocated_over_plan"] = round(figures["allocated_gib"] / case.planned_gib, 4)
+        figures["allocated_over_plan"] = round(figures["allocated_gib"] / planned, 4)
     return figures
 
 

@@ -78,10 +78,11 @@ def shape(name: str, blocks: Blocks, *, seq_len: int, num_layers: int | None = N
     return replace(common, d_ff=hidden, position="rotary", norm="rmsnorm", activation="swiglu", bias=False)
 
 
-def planned_gib(model: ModelConfig, micro_batch_size: int) -> float:
+def planned_gib(model: ModelConfig, micro_batch_size: int, *, fused_attention: bool = True) -> float:
     """Memory of one rank in bf16 by the planner."""
     layout = ParallelLayout(micro_batch_size=micro_batch_size)
-    return estimate_memory(model, layout, engine=EngineConfig(precision="bf16")).total_gib
+    engine = EngineConfig(precision="bf16")
+    return estimate_memory(model, layout, engine=engine, fused_attention=fused_attention).total_gib
 
 
 def make_case(
@@ -137,7 +138,7 @@ def run_config(case: Case, data: Path, run_dir: Path, *, compiled: bool) -> RunC
         train=TrainConfig(steps=case.total_steps, eval_interval=0),
         optim=OPTIM,
         parallel=ParallelConfig(micro_batch_size=case.micro_batch_size, gradient_accumulation_steps=case.micro_batches),
-        engine=EngineConfig(precision="bf16", **engine),  # type: ignore[arg-type]
+        engine=EngineConfig(precision="bf16", kernels="torch", **engine),  # type: ignore[arg-type]
         checkpoint=CheckpointConfig(at_end=False),
         metrics=MetricsConfig(interval=1, tensorboard=False),
         seed=SEED,

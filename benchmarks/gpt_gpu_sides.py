@@ -183,7 +183,12 @@ def _megatron(case: Case, place: Place) -> tuple[Clock, list[float]]:
         chunk.model, chunk.first_layer = model, 0
         initialize_parameters([chunk], context, seed=SEED)
         engine = MegatronEngine(
-            [chunk], shards=[], config=config, engine=EngineConfig(precision="bf16"), optim=OPTIM, context=context
+            [chunk],
+            shards=[],
+            config=config,
+            engine=EngineConfig(precision="bf16", kernels="torch"),
+            optim=OPTIM,
+            context=context,
         )
         positions = torch.arange(model.seq_len, device=context.device).unsqueeze(0)
 

@@ -1,7 +1,10 @@
 """Every GPU test and benchmark in one call, inside nine minutes: `python benchmarks/gpu_suite.py OUT_DIRECTORY`.
 
-Each part runs in a process of its own with a share of the time; its output goes to OUT_DIRECTORY/NAME.log. A part that fails
-or runs out of time does not stop the others. The last line is one JSON object; also in OUT_DIRECTORY/results.json.
+Each part runs in a process of its own, within its limit and what is left of --seconds; its output goes to
+OUT_DIRECTORY/NAME.log, the JSON that benchmarks end with into the results. A part that fails or runs out of time does not stop the others; one for which
+no time is left is named. The last line is one JSON object; also in OUT_DIRECTORY/results.json. --only runs some of the parts;
+one alone may take all of --seconds. benchmarks/gpt_gpu.py by itself measures all its cases, in about half an hour; engines.py
+is not in here, its ranks speak gloo. Nobody has had a GPU for this yet.
 """
 
 import sys
@@ -17,6 +20,8 @@ import json
 import os
 import subprocess
 import time
+
+from benchmarks._common import environment, gpu_environment, show
 
 CLI = ["-c", "import sys; from steerscale.cli import main; sys.exit(main())"]
 TRAIN = [
@@ -34,39 +39,55 @@ SAE = [
     "stream.buffer_vectors=131072",
 ]
 PARTS = {
-    "tests": (["-m", "pytest", "tests/gpu", "-q", "-rs", "-p", "no:cacheprovider"], 240),
-    "tokenizer": ([*CLI, "tokenizer", "train", "sample:german", "--vocab-size", "8192", "-o", "OUT/tokenizer"], 60),
-    "data": ([*CLI, "data", "prepare", "sample:german", "--tokenizer", "OUT/tokenizer", "-o", "OUT/data"], 60),
-    "train_125m": (["-m", "launch.train", "model=125m", "data.path=OUT/data", "run_dir=OUT/train_125m", *TRAIN], 120),
+    "gpt_gpu": (
+        ["benchmarks/gpt_gpu.py", "--sizes", "1.3b", "--seq", "2048", "--steps", "5", "--seconds", "SECONDS"],
+        220,
+    ),
+    "tests": (["-m", "pytest", "tests/gpu", "-q", "-rs", "-p", "no:cacheprovider"], 200),
+    "tokenizer": ([*CLI, "tokenizer", "train", "sample:german", "--vocab-size", "8192", "-o", "OUT/tokenizer"], 40),
+    "data": ([*CLI, "data", "prepare", "sample:german", "--tokenizer", "OUT/tokenizer", "-o", "OUT/data"], 40),
+    "train_125m": (["-m", "launch.train", "model=125m", "data.path=OUT/data", "run_dir=OUT/train_125m", *TRAIN], 90),
     "train_sae": (
         ["-m", "launch.train", "--config-name", "train_sae", "stream.lm=OUT/train_125m", "run_dir=OUT/sae", *SAE],
         90,
     ),
     "throughput_125m": ([*CLI, "dashboard", "OUT/train_125m", "OUT/sae"], 30),
+    "sae_step": (["benchmarks/sae_step.py", "--widths", "768", "--latents", "65536", "--batch", "8192"], 60),
 }
-"""Name -> (arguments of Python, OUT standing for the output directory; seconds)."""
+"""Name -> (arguments of Python, OUT standing for the output directory and SECONDS for its share; seconds at most)."""
+SHORTEST = 10
+"""Seconds below which a part is not begun."""
 
 
-def run_part(arguments: list[str], seconds: int, log: Path) -> dict[str, object]:
-    """Run one part; exit status, time, and the last line of its output."""
-    arguments = [argument.replace("OUT/", f"{log.parent.resolve()}/") for argument in arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+def run_part(arguments: list[str], seconds: float, log: Path) -> dict[str, object]:
+    """Run one part; exit status, time, and the last line of its output, as JSON where it is that."""
+    if seconds < SHORTEST:
+        return {"status": f"not begun: {seconds:.0f} s left of --seconds"}
+    share = str(int(seconds - 5))  # it ends by itself, before it is ended
+    arguments = [
+        argument.replace("OUT/", f"{log.parent.resolve()}/").replace("SECONDS", share) for argument in arguments
+    ]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
         try:
             status: int | str = subprocess.run(
                 [sys.executable, *arguments],
                 cwd=ROOT,
-                env=environment,
+                env=variables,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 timeout=seconds,
             ).returncode
         except subprocess.TimeoutExpired:
-            status = f"stopped after {seconds} s"
+            status = f"stopped after {seconds:.0f} s"
     result: dict[str, object] = {"status": status, "seconds": round(time.monotonic() - started, 1)}
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    result["last_line"] = lines[-1] if lines else ""
+    last = lines[-1] if lines else ""
+    try:
+        result["result"] = json.loads(last)
+    except json.JSONDecodeError:
+        result["last_line"] = last
     return result
 
 
@@ -75,16 +96,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory for logs and results.json")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts to run")
+    parser.add_argument("--seconds", type=float, default=530, help="for everything")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    results: dict[str, object] = {"device": device, "torch": torch.__version__}
-    succeeded = True
+    found = {**environment("megatron-core", "transformers", "triton"), **gpu_environment()}
+    show(found)
+    results: dict[str, object] = {"environment": found}
+    succeeded, begun = True, time.monotonic()
     for name in args.only:
-        arguments, seconds = PARTS[name]
-        print(f"{name} (up to {seconds} s) ...", flush=True)
+        arguments, most = PARTS[name]
+        left = args.seconds - (time.monotonic() - begun)
+        seconds = left if args.only == [name] else min(most, left)
+        print(f"{name} (up to {seconds:.0f} s) ...", flush=True)
         part = run_part(arguments, seconds, args.out / f"{name}.log")
         succeeded = succeeded and part["status"] == 0
         print(f"  {part}", flush=True)
