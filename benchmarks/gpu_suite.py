@@ -1,10 +1,10 @@
 """Every GPU test and benchmark in one call, inside nine minutes: `python benchmarks/gpu_suite.py OUT_DIRECTORY`.
 
 Each part runs in a process of its own, within its limit and what is left of --seconds; its output goes to
-OUT_DIRECTORY/NAME.log, the JSON that benchmarks end with into the results. A part that fails or runs out of time does not stop the others; one for which
-no time is left is named. The last line is one JSON object; also in OUT_DIRECTORY/results.json. --only runs some of the parts;
-one alone may take all of --seconds. benchmarks/gpt_gpu.py by itself measures all its cases, in about half an hour; engines.py
-is not in here, its ranks speak gloo. Nobody has had a GPU for this yet.
+OUT_DIRECTORY/NAME.log, the JSON that benchmarks end with into the results. A part that fails or runs out of time does not stop
+the others; one for which no time is left is named. The last line is one JSON object; also in OUT_DIRECTORY/results.json.
+--only runs some of the parts; one alone may take all of --seconds. benchmarks/gpt_gpu.py by itself measures all its cases, in
+about half an hour; engines.py is not in here, its ranks speak gloo. Nobody has had a GPU for this yet.
 """
 
 import sys
