@@ -152,7 +152,7 @@ PARTS = {
     for part in (
         Part("planner_accuracy", (), 4, _planner_accuracy, threads=1, quick=()),
         Part("scaling_fit", (), 8, _scaling_fit, threads=1, quick=()),
-        Part("gpt_overhead", ("--sizes", "10m", "50m", "--rounds", "3"), 130, _gpt_overhead),
+        Part("gpt_overhead", ("--sizes", "10m", "50m", "--rounds", "3", "--no-profile"), 110, _gpt_overhead),
         Part("gpt_cpu", ("--rounds", "3"), 210, _gpt_cpu),
         Part("sae_step", ("--widths", "768", "--rounds", "3"), 60, _sae_step),
         Part("stream", ("--rounds", "2"), 150, _stream),
