@@ -77,7 +77,6 @@ def _run_ranks(config: RunConfig, first_host: str, *, nodes: int, tasks: int) ->
         "MASTER_ADDR": first_host + cluster.master_addr_suffix,
         "MASTER_PORT": str(random.choice(PORTS)),
         "OMP_NUM_THREADS": str(config.launcher.threads_per_rank or cluster.cpus_per_task),
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
     worker = [cluster.python or sys.executable, "-u", "-m", WORKER, config.run_dir]

@@ -91,7 +91,6 @@ def report_failure(run_dir: Path, config: RunConfig, summary: str) -> None:
 def _run_here(run_dir: Path, config: RunConfig) -> list[Failure]:
     # Imported this late, and by name: it brings torch, which nothing else in the launcher needs.
     worker = importlib.import_module(WORKER)
-    os.environ.update(_common_environment())
     try:
         status = worker.run_alone(run_dir, threads=_threads(config))
     except KeyboardInterrupt:
@@ -107,11 +106,6 @@ def _run_ranks(run_dir: Path, config: RunConfig) -> list[Failure]:
 
 def _threads(config: RunConfig) -> int:
     return config.launcher.threads_per_rank or max((os.cpu_count() or 1) // config.num_ranks(), 1)
-
-
-def _common_environment() -> dict[str, str]:
-    # Megatron-Core overlaps by the order in which kernels were launched; more queues would lose it.
-    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
 class Ranks:
@@ -166,7 +160,6 @@ class Ranks:
         size = self._config.num_ranks()
         environment = {
             **os.environ,
-            **_common_environment(),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
             "WORLD_SIZE": str(size),

@@ -66,8 +66,18 @@ def run_alone(run_dir: Path, *, threads: int) -> int:
         return _run(run_dir, rank=0, stop=stop, threads=threads)
 
 
+def _set_cuda_environment() -> None:
+    """What CUDA and torch's allocator read when they start; nothing of it matters without CUDA."""
+    # Megatron-Core overlaps by the order in which kernels were launched; more queues would lose it.
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    # Blocks of many sizes (logits, gathered sequences, gradient buffers) come and go: segments that grow leave no holes.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def _run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> int:
     clear_error(run_dir, rank)
+    _set_cuda_environment()
     try:
         # Torch and Megatron-Core take seconds to import: a stop signal that comes meanwhile is already remembered.
         from steerscale.train.run import run
