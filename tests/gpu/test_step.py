@@ -23,7 +23,7 @@ from steerscale.parallel.layout import ParallelConfig
 from steerscale.planning.memory import GIB, estimate_memory
 from steerscale.testing.parity import BF16, Tolerance, assert_parity
 from steerscale.train.config import RunConfig, TrainConfig
-from steerscale.train.gpt import build_engine, sum_losses
+from steerscale.train.gpt import build_engine, build_gpt_task, sum_losses
 from tests.gpu.test_cuda import CUDA_FP32, curve_of
 from tests.parity.runs import MODELS, layout, run_config
 
@@ -42,24 +42,27 @@ Forward = Callable[[MicroBatch, torch.nn.Module], tuple[torch.Tensor, Callable]]
 
 
 @contextmanager
-def stepping(config: RunConfig, *, documents: bool = False) -> Iterator[tuple[MegatronEngine, list[MicroBatch]]]:
-    """An engine on the device, and micro-batches in page-locked memory."""
+def stepping(config: RunConfig) -> Iterator[tuple[MegatronEngine, list[MicroBatch]]]:
+    """An engine on the device, and micro-batches of random tokens."""
     with initialize(config.layout()) as context:
         generator = np.random.default_rng(0)
         shape = (config.parallel.micro_batch_size, config.model.seq_len + 1)
         batches = [
-            make_micro_batch(
-                generator.integers(2, config.model.tokens, shape),
-                eos_id=2,
-                reset_at_document_end=documents,
-                mask_document_end=documents,
-            ).pin_memory()
+            make_micro_batch(generator.integers(2, config.model.tokens, shape), eos_id=2).pin_memory()
             for _ in range(config.layout().gradient_accumulation_steps)
         ]
         engine = build_engine(config, context)
         assert isinstance(engine, MegatronEngine)
         with closing(engine):
             yield engine, batches
+
+
+@contextmanager
+def training(config: RunConfig) -> Iterator[tuple[MegatronEngine, list[MicroBatch], Forward]]:
+    """What the loop steps with: the task's engine, its loader's micro-batches and its forward pass."""
+    with initialize(config.layout()) as context, closing(build_gpt_task(config, context)) as task:
+        assert isinstance(task.engine, MegatronEngine)
+        yield task.engine, task.micro_batches(0, config.layout().gradient_accumulation_steps), task.forward
 
 
 def step_config(
@@ -82,10 +85,15 @@ def forward(micro_batch: MicroBatch, chunk: torch.nn.Module) -> tuple[torch.Tens
     return output, lambda losses_BS: sum_losses(losses_BS, batch.loss_mask_BS)
 
 
-def reading_forward(micro_batch: MicroBatch, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
-    output, sum_up = forward(micro_batch, chunk)
-    output.sum().item()
-    return output, sum_up
+def reading(run: Forward) -> Forward:
+    """The same, which reads a number of every micro-batch."""
+
+    def read(micro_batch: MicroBatch, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+        output, sum_up = run(micro_batch, chunk)
+        output.sum().item()
+        return output, sum_up
+
+    return read
 
 
 def between(engine: MegatronEngine, batches: list[MicroBatch], run: Forward, context: Callable[[], Any]) -> None:
@@ -165,19 +173,23 @@ def test_memory_peak_is_what_the_planner_says(model: ModelConfig, precision: str
 @pytest.mark.parametrize("documents", [False, True], ids=["plain", "documents"])
 @pytest.mark.parametrize("compiled", ["none", "blocks"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_does_not_wait_between_its_micro_batches(name: str, compiled: str, documents: bool) -> None:
-    config = step_config(MODELS[name], replace(BF16_ENGINE, compile=compiled))  # type: ignore[arg-type]
-    with stepping(config, documents=documents) as (engine, batches):
+def test_a_step_does_not_wait_between_its_micro_batches(
+    name: str, compiled: str, documents: bool, german_data: Path, tmp_path: Path
+) -> None:
+    engine = replace(BF16_ENGINE, compile=compiled)  # type: ignore[arg-type]
+    config = run_config(german_data, tmp_path, MODELS[name], layout(), engine=engine, documents=documents)
+    with training(config) as (built, batches, run):
         for _ in range(2):  # compiles, and lets the allocator find its blocks
-            engine.train_step(batches, forward, lr=1e-4)
-        between(engine, batches, forward, no_waiting)
+            built.train_step(batches, run, lr=1e-4)
+        between(built, batches, run, no_waiting)
 
 
-def test_a_step_that_waits_is_found() -> None:
-    with stepping(step_config(MODELS["llama"], BF16_ENGINE)) as (engine, batches):
-        engine.train_step(batches, forward, lr=1e-4)
+def test_a_step_that_waits_is_found(german_data: Path, tmp_path: Path) -> None:
+    config = run_config(german_data, tmp_path, MODELS["llama"], layout(), engine=BF16_ENGINE)
+    with training(config) as (built, batches, run):
+        built.train_step(batches, run, lr=1e-4)
         with pytest.raises(RuntimeError, match="synchroniz"):
-            between(engine, batches, reading_forward, no_waiting)
+            between(built, batches, reading(run), no_waiting)
 
 
 def synchronisations(engine: MegatronEngine, batches: list[MicroBatch], run: Forward) -> list[str]:
@@ -194,9 +206,10 @@ def synchronisations(engine: MegatronEngine, batches: list[MicroBatch], run: For
     return [event.name for event in inside if SYNCHRONISES.match(event.name)]
 
 
-def test_the_profile_of_a_step_shows_no_waiting_between_its_micro_batches() -> None:
-    with stepping(step_config(MODELS["llama"], BF16_ENGINE)) as (engine, batches):
+def test_the_profile_of_a_step_shows_no_waiting_between_its_micro_batches(german_data: Path, tmp_path: Path) -> None:
+    config = run_config(german_data, tmp_path, MODELS["llama"], layout(), engine=BF16_ENGINE)
+    with training(config) as (built, batches, run):
         for _ in range(2):
-            engine.train_step(batches, forward, lr=1e-4)
-        assert not synchronisations(engine, batches, forward)
-        assert len(synchronisations(engine, batches, reading_forward)) >= len(batches)
+            built.train_step(batches, run, lr=1e-4)
+        assert not synchronisations(built, batches, run)
+        assert len(synchronisations(built, batches, reading(run))) >= len(batches)
