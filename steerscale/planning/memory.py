@@ -16,6 +16,8 @@ from steerscale.planning.states import FP32_BYTES, WEIGHT_BYTES, model_states
 
 GIB = 2**30
 MASK_BYTES = 1
+LOGIT_CHUNK = 2**27
+"""Logits that are float32 at a time on a GPU (`models.functions.CHUNK_ELEMENTS`)."""
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 """Fields of `MemoryEstimate` that add up to its total."""
@@ -51,7 +53,7 @@ class MemoryEstimate:
     activations: int
     """Kept for the backward passes of all micro-batches in flight."""
     logits: int
-    """fp32 logits of one micro-batch, on the last stage."""
+    """Of one micro-batch, on the last stage; their gradient takes their place."""
     buffers: int
     """Short-lived: gathered sequences, received boundaries, what a backward pass holds for a moment, DeepSpeed's buckets."""
     host: int = 0
@@ -136,7 +138,7 @@ def estimate_memory(
         for mode in modes
     )
     layers = model.num_layers // (layout.pipeline * layout.virtual_pipeline)
-    logits = FP32_BYTES * _tokens(model, layout) * model.padded_vocab // layout.tensor
+    logits = WEIGHT_BYTES[precision] * _tokens(model, layout) * model.padded_vocab // layout.tensor
 
     def on(index: int) -> MemoryEstimate:
         states = model_states(
@@ -147,13 +149,20 @@ def estimate_memory(
             pipeline=layout.pipeline > 1,
         )
         outer = _outer_activation_bytes(model, layout, precision=precision, stage=index)
+        activations = layers * chunks_in_flight(layout, index) * kept + (whole - kept) + outer
+        stage_logits = logits if index == layout.pipeline - 1 else 0
+        short_lived = buffer_bytes(model, layout, precision=precision, stage=index)
+        if states.reduced_after:
+            short_lived = max(short_lived, states.copies - activations - stage_logits)
+        else:
+            short_lived += states.copies
         return MemoryEstimate(
             weights=states.weights,
             gradients=states.gradients,
             optimizer=states.optimizer,
-            activations=layers * chunks_in_flight(layout, index) * kept + (whole - kept) + outer,
-            logits=logits if index == layout.pipeline - 1 else 0,
-            buffers=states.buckets + states.copies + buffer_bytes(model, layout, precision=precision, stage=index),
+            activations=activations,
+            logits=stage_logits,
+            buffers=states.buckets + short_lived,
             host=states.host,
         )
 
@@ -167,8 +176,8 @@ def buffer_bytes(model: ModelConfig, layout: ParallelLayout, *, precision: Preci
 
     Under sequence parallelism the gathered sequence and the one being scattered, `s b h` each; between stages a received
     boundary and a received gradient. In a backward pass the gradients before and behind the widest product of a layer
-    and that of its weight before it is accumulated; on the last stage, if that is more, the logits' other copy (their
-    gradient) and the head's weight gradient. What reducing gradients takes is in `states.model_states`.
+    and that of its weight before it is accumulated; on the last stage, if that is more, `LOGIT_CHUNK` logits in fp32, in 16
+    bits twice, or the head's weight gradient and its input's. What reducing gradients takes is in `states.model_states`.
     """
     unit, t, h = WEIGHT_BYTES[precision], layout.tensor, model.d_model
     width = unit * _tokens(model, layout) * h
@@ -177,8 +186,10 @@ def buffer_bytes(model: ModelConfig, layout: ParallelLayout, *, precision: Preci
     widest = (2 if model.gated else 1) * model.ffn_width
     backward = unit * (2 * _tokens(model, layout) * widest + h * widest) // t
     if stage == layout.pipeline - 1:
-        head = (FP32_BYTES * _tokens(model, layout) + unit * h) * model.padded_vocab // t
-        backward = max(backward, head)
+        chunk = min(_tokens(model, layout) * model.padded_vocab // t, LOGIT_CHUNK)
+        softmax = FP32_BYTES * chunk * (1 if precision == "fp32" else 2)
+        head = unit * h * (model.padded_vocab // t + _tokens(model, layout))
+        backward = max(backward, softmax, head)
     return gathered + received + backward
 
 

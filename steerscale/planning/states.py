@@ -34,6 +34,8 @@ class ModelStates:
     """Where gradients are collected to be reduced."""
     copies: int
     """Of a bucket, while it is reduced."""
+    reduced_after: bool
+    """Whether that is when the last backward pass has ended, and nothing is kept for one."""
     host: int
     """In the host's memory: an offloaded optimizer, and its gradients."""
 
@@ -66,6 +68,7 @@ def model_states(
         optimizer=MOMENTS_BYTES * parameters,
         buckets=0,
         copies=FP32_BYTES * bucket_elements(parameters),
+        reduced_after=True,
         host=0,
     )
 
@@ -89,6 +92,7 @@ def _megatron(parameters: int, owned: int, precision: Precision) -> ModelStates:
         optimizer=(MOMENTS_BYTES + main) * owned,
         buckets=0,
         copies=0,
+        reduced_after=True,
         host=0,
     )
 
@@ -114,6 +118,7 @@ def _zero_1(parameters: int, part: int, engine: EngineConfig, *, accumulates: bo
         optimizer=0 if host else optimizer,
         buckets=buckets * held * bucket,
         copies=held * bucket if copied else 0,
+        reduced_after=True,
         host=host,
     )
 
@@ -136,6 +141,7 @@ def _zero_2(parameters: int, part: int, engine: EngineConfig, *, accumulates: bo
         optimizer=0 if host else optimizer,
         buckets=(2 if engine.overlap else 1) * unit * bucket,
         copies=reduction_bytes(engine.precision) * bucket,
+        reduced_after=bucket == parameters,
         host=host,
     )
 
@@ -163,5 +169,6 @@ def _zero_3(parameters: int, part: int, engine: EngineConfig) -> ModelStates:
         optimizer=0 if offload else optimizer,
         buckets=bucket,
         copies=bucket,
+        reduced_after=parameters <= BUCKET_ELEMENTS,
         host=optimizer + gradients + FP32_BYTES * part if offload else 0,
     )

@@ -19,6 +19,7 @@ from steerscale.planning.memory import (
     shard_parameters,
     unique_parameters,
 )
+from steerscale.planning.sae_memory import SAEShape, sae_bytes
 from tests.planning.shapes import GELU, LEAST_RECOMPUTATION, SWIGLU, TEUKEN_LIKE, gpt3
 
 SIX_BILLION = gpt3(32, 4096, dropout=0.1)
@@ -202,7 +203,7 @@ def test_stages_hold_what_is_theirs() -> None:
     width = 2048 * 2 * 4096
     # 8 layers of 34 s b h for each micro-batch in flight; 4 dropout masks of the embedding; inputs of norm and head
     assert [stage.activations / width for stage in stages] == [4 * 272 + 4, 3 * 272, 2 * 272, 272 + 4]
-    assert [stage.logits for stage in stages] == [0, 0, 0, 4 * 2048 * 2 * 51200]
+    assert [stage.logits for stage in stages] == [0, 0, 0, 2 * 2048 * 2 * 51200]
     assert stages[0].weights == 2 * (model.num_parameters(embeddings=False) - 8192 + 4 * (51200 + 2048) * 4096) // 4
 
 
@@ -218,7 +219,7 @@ def test_each_part_is_divided_by_its_own_degrees() -> None:
     assert last.optimizer == 12 * shard_parameters(model, layout, 8) // 4
     assert first.activations == 5 * 8 * 20 * 2048 * 4096
     assert last.activations == (3 * 8 * 20 + 4) * 2048 * 4096
-    assert (first.logits, last.logits) == (0, 4 * 2048 * 51200 // 2)
+    assert (first.logits, last.logits) == (0, 2 * 2048 * 51200 // 2)
 
 
 def test_recomputation_holds_one_layers_working_set() -> None:
@@ -258,6 +259,25 @@ def test_total_gib_is_the_sum_of_the_parts() -> None:
         weights=GIB, gradients=GIB, optimizer=GIB, activations=GIB, logits=GIB // 2, buffers=GIB // 4
     )
     assert estimate.total_gib == 4.75
+
+
+def test_saes_share_out_what_zero_shares_out() -> None:
+    def states(**engine: Any) -> list[int]:
+        held = sae_bytes(
+            [SAEShape(d_in=8, d_out=8, width=64)],
+            ParallelLayout(data=2),
+            engine=EngineConfig(**engine),
+            averaged=False,
+            buffer_bytes=0,
+        )
+        return [held[part] // parameters for part in ("SAEs", "gradients", "optimizer")]
+
+    parameters = 64 * 17 + 8
+    assert states() == [4, 4, 4]
+    assert states(distributed_optimizer=False) == [4, 4, 8]
+    # fp32 parameters a second time, and a bucket; ZeRO-2 reduces through a copy of it
+    assert states(name="deepspeed", zero_stage=1) == [4, 4 + 4, 6]
+    assert states(name="deepspeed", zero_stage=2) == [4, 2 + 4 + 4, 6]
 
 
 def test_6_7b_on_one_40_gb_gpu_has_too_much_state() -> None:
