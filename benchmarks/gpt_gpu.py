@@ -223,9 +223,12 @@ def _run(case: Case, side: str, directory: Path, *, seconds: float) -> dict[str,
     place = Path(tempfile.mkdtemp(dir=directory))
     (place / "case.json").write_text(json.dumps(asdict(case)), encoding="utf-8")
     command = [sys.executable, str(Path(__file__).resolve()), "--side", side, "--directory", str(place)]
+    variables = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}  # as ranks have it
     begun, log = time.monotonic(), place / "log"
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
 """The sides of gpt_gpu.py: our loop, plain PyTorch, transformers and Megatron-Core's own layers, on the same weights and data.
 
 All of them the same arithmetic: bf16 weights and activations, gradients added up in float32 over the micro-batches, clipping,
-AdamW on float32 main weights, losses from float32 logits. Each runs in a process of its own and measures itself.
+AdamW on float32 main weights, losses in float32. Each runs in a process of its own and measures itself.
 """
 
 import time
