@@ -142,6 +142,7 @@ def _transformers(case: Case, place: Place) -> tuple[Clock, list[float]]:
     config = LlamaConfig(**LLAMA.write_config(case.model), **special)
     with place.device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.to(place.device)  # whatever of it was made elsewhere
     wholes, tensors = dict(_reference(case, place).named_parameters()), model.state_dict()
     with torch.no_grad():
         for name, recipe in LLAMA.recipes(case.model).items():

@@ -41,11 +41,11 @@ def test_all_sides_learn_the_same(pool: RankPool, tmp_path: Path) -> None:
 
 @on_cpu
 def test_the_command_measures_a_side_in_a_process_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--quick", "--sides", "pytorch"]) == 0
+    assert main(["--quick", "--sides", "megatron"]) == 0
     said = capsys.readouterr().out.splitlines()
     result = json.loads(said[-1])
     (entry,) = result["cases"].values()
-    side = entry["sides"]["pytorch"]
+    side = entry["sides"]["megatron"]
     assert side["tokens_per_second"] > 0
     assert side["mfu"] is None  # of a CPU nobody knows the peak
     assert result["ratio"] is None
