@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import gpt_cpu_litgpt
 from benchmarks.gpt_overhead import Size
 from steerscale.checkpoint.config import CheckpointConfig
 from steerscale.data.config import DataConfig
@@ -217,6 +218,24 @@ def _transformers(side: str, size: Size, directory: Path, pace: Pace) -> list[fl
     raise AssertionError("the trainer ended by itself")
 
 
+def _litgpt(side: str, size: Size, directory: Path, pace: Pace) -> list[float]:
+    (directory / side).mkdir()
+    profiler = StepProfiler(ProfileConfig(steps=[1]), run_dir=directory / side, rank=0, device=torch.device("cpu"))
+    trace, losses = ExitStack(), []
+
+    def begin_step() -> None:
+        trace.close()
+        pace.turn()
+        if pace.profiled:
+            trace.enter_context(profiler.step(1))
+
+    try:
+        gpt_cpu_litgpt.train(_config(size, directory, steps=1), size, directory / "weights", begin_step, losses.append)
+    except End:
+        return losses
+    raise AssertionError("litgpt ended by itself")
+
+
 def _training_arguments(size: Size, directory: Path, *, compiled: bool) -> Any:
     """Trainer's settings for the run that `_config` describes."""
     from transformers import TrainingArguments
@@ -314,6 +333,7 @@ SIDES: dict[str, Callable[[str, Size, Path, Pace], list[float]]] = {
     "ours_compiled": _ours,
     "transformers": _transformers,
     "transformers_compiled": _transformers,
+    "litgpt_compiled": _litgpt,
 }
 """Name -> (name, size, directory, pace) -> losses of its steps."""
 BOUNDS = ("gemm", "gemm_attention")
