@@ -27,6 +27,8 @@ from tests.train.runs import newest, whole_tensors
 MODEL = ModelConfig(num_layers=4, d_model=32, num_heads=4, seq_len=32, vocab_size=1000)
 HOOK = "blocks.1.hook_resid_post"
 STEPS = 30
+EVAL_SAMPLES = 8
+"""Of the evaluation at the end, where no test asks for another: on four ranks the whole split takes longer than training."""
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "relu": {"sparsity": 0.02},
     "gated": {"sparsity": 0.02},
@@ -45,7 +47,7 @@ def language_model(data: Path, run_dir: Path) -> Path:
         run_dir=str(run_dir),
         model=MODEL,
         data=DataConfig(path=str(data)),
-        train=TrainConfig(steps=3),
+        train=TrainConfig(steps=3, eval_samples=EVAL_SAMPLES),
         parallel=ParallelConfig(micro_batch_size=8),
         optim=OptimConfig(lr=3e-3, min_lr=3e-3, schedule="constant"),
         metrics=MetricsConfig(tensorboard=False),
@@ -73,7 +75,7 @@ def sae_config(
         data=DataConfig(path=str(data)),
         sae=SAEConfig(**{"hooks": [HOOK], "width": 128, "k": 4, **sae}),
         stream=StreamConfig(lm=str(lm), lanes=4, buffer_gib=4e-4, micro_batch_size=4),
-        train=TrainConfig(steps=STEPS),
+        train=TrainConfig(steps=STEPS, eval_samples=EVAL_SAMPLES),
         optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=3, weight_decay=0.0, beta2=0.999, eps=1e-6),
         parallel=ParallelConfig(**layout),
         checkpoint=CheckpointConfig(interval=10, keep=0),
