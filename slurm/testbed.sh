@@ -16,7 +16,7 @@
 #   NODES=3                               virtual nodes n1, n2, ... (at most 50)
 #   GPUS=2                                imitated GPUs of each node, for --gres
 #   CPUS=8 MEMORY_MB=16000                what each node claims to have
-#   NODE_TIMEOUT=10                       seconds after which a silent node counts as down (it takes up to twice that)
+#   NODE_TIMEOUT=10                       seconds after which a silent node counts as down (it takes up to 15 more)
 #   ACCT=0                                1: with MariaDB and slurmdbd, so that sacct has something to say
 #
 # Not like a cluster: no limit on memory or devices is enforced, and every node has this machine's disk and network.
@@ -72,12 +72,12 @@ names() { seq -f 'n%.0f' "$nodes"; }
 
 # All that lives on a node has the node's own UTS namespace: slurmd, its slurmstepds, the tasks and their children.
 node_processes() {
-  local namespace process
+  local namespace
   namespace=$(cat "$dir/run/uts-$1" 2>/dev/null) || return 0
   [ "$namespace" != "$(readlink /proc/self/ns/uts)" ] || return 0
-  for process in /proc/[0-9]*; do
-    if [ "$(readlink "$process/ns/uts" 2>/dev/null)" = "$namespace" ]; then echo "${process#/proc/}"; fi
-  done
+  # uts:[NUMBER]: the brackets are not a pattern's. Processes end while they are looked at.
+  namespace=${namespace//[/\\[}
+  find /proc/[0-9]*/ns/uts -maxdepth 0 -lname "${namespace//]/\\]}" -printf '%h\n' 2>/dev/null | cut -d/ -f3 || true
 }
 
 kill_node() { # until none is left: one may just be starting another
@@ -181,7 +181,8 @@ KillWait=5
 CompleteWait=0
 UnkillableStepTimeout=20
 MinJobAge=600
-MessageTimeout=10
+# A silent node counts as down after two of these and NODE_TIMEOUT.
+MessageTimeout=5
 TCPTimeout=2
 BatchStartTimeout=20
 CONFIGURATION
@@ -358,7 +359,7 @@ status() {
 fail() {
   [ -e "$dir/run/uts-$1" ] || die "there is no running node $1"
   kill_node "$1"
-  say "$1 has crashed; slurmctld notices within $((2 * node_timeout)) s or so"
+  say "$1 has crashed; slurmctld notices within $((node_timeout + 15)) s or so"
 }
 
 recover() {

@@ -13,9 +13,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slurm)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def testbed() -> Iterator[Testbed]:
-    """A Slurm without accounting. Skips where testbed.sh says that there can be none."""
+    """A Slurm without accounting, one for all tests here. Skips where testbed.sh says that there can be none."""
     with running_testbed() as testbed:
         yield testbed
 

@@ -8,6 +8,7 @@ import pytest
 
 from launch.slurm import submit_array
 from launch.train import main
+from steerscale.checkpoint.config import CheckpointConfig
 from steerscale.cli import main as steerscale
 from steerscale.config import from_mapping
 from steerscale.errors import ConfigError
@@ -15,9 +16,10 @@ from steerscale.jobs.journal import read_journal
 from steerscale.jobs.slurm import signal_script
 from steerscale.jobs.submit import submit
 from steerscale.rundir import read_config
-from steerscale.train.config import RunConfig
+from steerscale.testing.ranks import RankPool
+from steerscale.train.config import RunConfig, TrainConfig
 from tests.slurm.testbed import Testbed, call, has_ended, look, on_testbed, output, wait_for, wait_for_step
-from tests.train.runs import curve, run_config
+from tests.train.runs import curve, moved, prepare, run_config, train
 
 STEPS = 24
 TWO_BY_TWO = [
@@ -77,20 +79,29 @@ def test_run_goes_on_exactly_after_the_signal_before_the_time_limit(whole: Path,
     assert curve(run_dir) == curve(whole)
 
 
-def test_run_survives_the_loss_of_a_node(testbed: Testbed, whole: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "crashed"
-    job = submit([again(whole, run_dir)], command=["test"])
+def test_run_survives_the_loss_of_a_node(testbed: Testbed, pool: RankPool, german_data: Path, tmp_path: Path) -> None:
+    """One task a node. While it waits for its next start, one that is left alone runs here in the same layout."""
+    config = run_config(
+        german_data,
+        tmp_path / "crashed",
+        parallel={"tensor": 2},
+        checkpoint=CheckpointConfig(interval=5, keep=0),
+        train=TrainConfig(steps=STEPS, eval_interval=10, eval_samples=6),
+    )
+    run_dir, alone = Path(config.run_dir), prepare(moved(config, tmp_path / "alone"))
+    job = submit([on_testbed(config, gpus_per_node=1)], command=["test"])
     wait_for_step(run_dir, 7)
     testbed("fail", "n2")
     try:
         wait_for(run_dir, lambda one: one.state == "pending")
+        pool.run(train, alone, ranks=2)
         ended = wait_for(run_dir, has_ended)
     finally:
         testbed("recover", "n2")
     assert (ended.state, ended.job, ended.restarts) == ("finished", job, 1)
     assert [event["nodes"] for event in read_journal(run_dir).starts] == ["n[1-2]", "n[1,3]"]
     assert 5 <= read_journal(run_dir).starts[1]["step"] < STEPS
-    assert curve(run_dir) == curve(whole)
+    assert curve(run_dir) == curve(alone)
 
 
 def test_array_records_the_point_that_runs_out_of_memory(
