@@ -187,7 +187,7 @@ def test_a_wish_that_cannot_be_met_is_refused(monkeypatch: pytest.MonkeyPatch, t
         choose_kernels("apex", on_cuda=False)
     with pytest.raises(ConfigError, match="Liger's kernels run on CUDA only"):
         choose_kernels("liger", on_cuda=False)
-    with pytest.raises(ConfigError, match="DeepSpeed brings its own AdamW"):
+    with pytest.raises(ConfigError, match="DeepSpeed steps with torch's AdamW"):
         EngineConfig(name="deepspeed", kernels="apex")
 
 

@@ -59,8 +59,8 @@ class EngineConfig:
         else:
             require(
                 self.kernels in ("auto", "torch"),
-                f"engine.kernels={self.kernels} is for the Megatron engine: DeepSpeed brings its own AdamW and its layers run "
-                "on torch's kernels; leave it out",
+                f"engine.kernels={self.kernels} is for the Megatron engine: DeepSpeed steps with torch's AdamW and its layers "
+                "run on torch's kernels; leave it out",
             )
             self._check_zero()
         check_fp8(self.fp8, engine=self.name, precision=self.precision, kernels=self.kernels)

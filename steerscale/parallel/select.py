@@ -130,11 +130,10 @@ def topk_across(values_BN: torch.Tensor, k: int, group: dist.ProcessGroup | None
         k: latents a token, over all shards.
         group: the ranks holding the shards, in order of their latents, each with the same N; None: one process.
     """
-    rows, latents = values_BN.shape
+    latents = values_BN.shape[1]
     ranks = 1 if group is None else dist.get_world_size(group)
     if group is None or ranks == 1:
-        best = top_rows(values_BN, min(k, latents))
-        return _from_prefixes(best, torch.full((rows,), best.shape[1], device=best.device), latents)
+        return _from_rows(top_rows(values_BN, min(k, latents)), latents)
     offered = min(offered_by_rank(k, ranks), latents)
     best = top_rows(values_BN, offered)
     counts = _agree(values_BN.gather(1, best), k, more=offered < min(k, latents), group=group)
@@ -184,6 +183,13 @@ def _agree(offers_BM: torch.Tensor, k: int, *, more: bool, group: dist.ProcessGr
 def _all_to_all(received: torch.Tensor, sent: torch.Tensor, group: dist.ProcessGroup) -> None:
     # As bytes: gloo knows few types, and nothing is computed on the way.
     dist.all_to_all_single(received.view(-1).view(torch.uint8), sent.view(-1).view(torch.uint8), group=group)
+
+
+def _from_rows(best_BK: torch.Tensor, num_latents: int) -> Selection:
+    """Selection of all K latents of every row. Its size is known beforehand: nothing waits for the device."""
+    rows, k = best_BK.shape
+    offsets = torch.arange(rows + 1, device=best_BK.device) * k
+    return Selection(offsets=offsets, latents=best_BK.sort(dim=1).values.flatten(), num_latents=num_latents)
 
 
 def _from_prefixes(best_BM: torch.Tensor, counts: torch.Tensor, num_latents: int) -> Selection:

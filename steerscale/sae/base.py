@@ -210,7 +210,11 @@ class SparseAutoencoder(torch.nn.Module, ABC):
     def note_active(self, selection: Selection, values: torch.Tensor) -> None:
         """Remember which latents were active; entries of value 0 are not."""
         if self.training:
-            self.fired[selection.latents[values.detach() > 0]] = True
+            # A mask would make the host wait for the number of active ones: the others go to a place of their own instead.
+            latents = self.fired.shape[0]
+            seen = self.fired.new_zeros(latents + 1)
+            seen[torch.where(values.detach() > 0, selection.latents, latents)] = True
+            self.fired |= seen[:latents]
 
     def report(
         self,

@@ -14,10 +14,10 @@ def run_kernels(config: RunConfig, *, on_cuda: bool) -> KernelChoice:
     """The choice for the run that `config` describes. Raises ConfigError where it asks for what is not there."""
     engine = config.engine
     if engine.name == "deepspeed":
-        # An AdamW of DeepSpeed's own, and no fused layers: ZeRO takes their parameters apart in ways nobody has tried.
+        # torch's AdamW, and no fused layers: ZeRO takes their parameters apart in ways nobody has tried.
         layers = None if config.sae is not None else "torch"
         gated = layers if config.model.gated else None
-        return replace(TORCH, adam=None, norm=layers, linear=layers, attention=layers, activation=gated)
+        return replace(TORCH, norm=layers, linear=layers, attention=layers, activation=gated)
     if config.sae is not None:
         return choose_kernels(engine.kernels, on_cuda=on_cuda)
     choice = choose_kernels(

@@ -308,7 +308,7 @@ def sae_forward(batch: Vectors, sae: torch.nn.Module) -> tuple[torch.Tensor, Cal
     spec = cast("SparseAutoencoder", sae.module).spec
     inputs = batch.of(spec.inputs)
     losses: Losses = sae(inputs, batch.of(spec.outputs) if spec.is_transcoder else inputs)
-    tokens = torch.tensor(batch.size, dtype=torch.int, device=inputs.device)
+    tokens = torch.full((), batch.size, dtype=torch.int, device=inputs.device)
 
     def total(loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         report = torch.cat((torch.stack((losses.complete, tokens)), losses.reported)).double()

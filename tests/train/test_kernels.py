@@ -35,11 +35,10 @@ def test_a_run_asks_for_the_kernels_of_its_model_and_data(monkeypatch: pytest.Mo
     ]
 
 
-def test_deepspeed_has_an_adam_of_its_own_and_torchs_layers() -> None:
+def test_deepspeed_has_torchs_kernels() -> None:
     deepspeed = EngineConfig(name="deepspeed")
-    assert run_kernels(config(deepspeed), on_cuda=True) == replace(TORCH, adam=None)
-    assert run_kernels(config(deepspeed, model=GPT2), on_cuda=True) == replace(TORCH, adam=None, activation=None)
-    assert "AdamW" not in kernel_report(config(deepspeed), on_cuda=True)
+    assert run_kernels(config(deepspeed), on_cuda=True) == TORCH
+    assert run_kernels(config(deepspeed, model=GPT2), on_cuda=True) == replace(TORCH, activation=None)
 
 
 def test_the_report_of_a_run_on_the_cpu() -> None:
