@@ -156,7 +156,8 @@ def choose_kernels(
     half = precision != "fp32"
     # Dropout of attention draws from Megatron-Core's generators, one a tensor rank: torch's attention does that.
     fused = half and not model.attention_dropout and model.head_width % 8 == 0 and model.head_width <= MAX_HEAD_WIDTH
-    varlen = documents and fused and on_cuda and ("flash" in found or torch_has_varlen())
+    # `torch` stays with the mask, which no kernel's fault can touch: what the others are compared with.
+    varlen = documents and fused and on_cuda and wish != "torch" and ("flash" in found or torch_has_varlen())
     leave_to_compiler = compiled and wish == "auto"
     attention: Library = "torch"
     if varlen:

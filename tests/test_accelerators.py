@@ -162,11 +162,12 @@ def test_attention_that_no_fused_kernel_takes_is_left_to_torch(monkeypatch: pyte
 def test_documents_are_kept_apart_by_torchs_own_varlen_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"on_cuda": True, "model": LLAMA, "precision": "bf16", "documents": True}
     monkeypatch.setattr("steerscale.accelerators.torch_has_varlen", lambda: True)
-    assert choose_kernels("torch", **asked) == KernelChoice(varlen=True)
-    assert not choose_kernels("torch", **{**asked, "on_cuda": False}).varlen
-    assert "attention within documents (varlen)" in kernel_table(choose_kernels("torch", **asked))[0].use
-    monkeypatch.setattr("steerscale.accelerators.torch_has_varlen", lambda: False)
+    assert choose_kernels("auto", **asked) == KernelChoice(varlen=True)
     assert choose_kernels("torch", **asked) == TORCH
+    assert not choose_kernels("auto", **{**asked, "on_cuda": False}).varlen
+    assert "attention within documents (varlen)" in kernel_table(choose_kernels("auto", **asked))[0].use
+    monkeypatch.setattr("steerscale.accelerators.torch_has_varlen", lambda: False)
+    assert choose_kernels("auto", **asked) == TORCH
 
 
 def test_an_sae_has_an_adam_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
