@@ -69,7 +69,7 @@ def main() -> None:
     args = _arguments()
     found = print_environment("transformers", "litgpt", "megatron-core")
     names, rounds = (["quick"], 2) if args.quick else (args.sizes, args.rounds)
-    sides = [side for side in SIDES if args.compiled or not side.endswith("_compiled")]
+    sides = [side for side in SIDES if side in args.sides or side == "ours"]
     if "litgpt_compiled" in sides and not gpt_cpu_litgpt.is_installed():
         print("litgpt is not installed (requirements-peers.txt has it): left out")
         sides.remove("litgpt_compiled")
@@ -78,16 +78,18 @@ def main() -> None:
         key: min(result["ratios"][key] for result in results.values()) for key in next(iter(results.values()))["ratios"]
     }
     settings = {"threads": args.threads, "rounds": rounds}
-    print(json.dumps({"ratio": ratios["to_transformers"], **ratios, **settings, **found, "sizes": results}))
+    print(json.dumps({"ratio": ratios.get("to_transformers"), **ratios, **settings, **found, "sizes": results}))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = [name for name in SIZES if name.endswith("llama")]
-    parser.add_argument("--sizes", nargs="+", choices=choices, default=choices)
+    parser.add_argument("--sizes", nargs="+", choices=choices, default=["10m-llama", "50m-llama"])
     parser.add_argument("--rounds", type=int, default=9, help="measured steps of each side")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-compiled", dest="compiled", action="store_false", help="leave out the two compiled sides")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=list(SIDES), help="those to run; ours is always one"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: does it run?")
     return parser.parse_args()
 

@@ -92,6 +92,9 @@ SIZES = {
     "10m-llama": Size(LLAMA, 2, 4),
     "50m": Size(replace(GPT2, **LARGER), 2, 4),
     "50m-llama": Size(replace(LLAMA, d_ff=1376, **LARGER), 2, 4),
+    "125m-llama": Size(
+        replace(LLAMA, num_layers=12, d_model=768, num_heads=12, d_ff=2048, seq_len=256, vocab_size=32768), 2, 8
+    ),
     "quick": Size(replace(LLAMA, num_layers=2, d_model=64, num_heads=2, d_ff=128, seq_len=64, vocab_size=256), 2, 2),
 }
 
@@ -121,7 +124,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=[name for name in SIZES if name != "quick"])
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["10m", "10m-llama", "50m", "50m-llama"])
     parser.add_argument("--rounds", type=int, default=9, help="measured steps of each side")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-profile", action="store_true")
