@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Result = dict[str, Any]
+WEAK_SCALING_IMAGE = "benchmarks/results/weak_scaling.png"
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ PARTS = {
         Part("sae_step", ("--widths", "768", "--rounds", "3"), 60, _sae_step),
         Part("stream", ("--rounds", "2"), 150, _stream),
         Part("engines", ("--rounds", "2"), 105, _engines, threads=1),
-        Part("weak_scaling", ("--rounds", "3"), 110, _weak_scaling, threads=1),
+        Part("weak_scaling", ("--rounds", "3", "-o", WEAK_SCALING_IMAGE), 110, _weak_scaling, threads=1),
         Part("sae_scaling", ("--steps", "2"), 70, _sae_scaling, threads=1, quick=None),
         Part("tokenize", ("--repeats", "1"), 50, _tokenize, threads=1, quick=None),
         Part("morph_bpe", ("--repeats", "1"), 40, _morph_bpe, threads=1, quick=None),
