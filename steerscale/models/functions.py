@@ -50,6 +50,13 @@ def _rotate_into(out: torch.Tensor, x: torch.Tensor, cosines: torch.Tensor, sine
     torch.mul(second, cosines, out=out_second).addcmul_(first, sines)
 
 
+def _empty_heads(like: torch.Tensor, sequence: int, batch: int, *heads: int) -> torch.Tensor:
+    """New [S, B, *heads]; on a CPU a head's positions lie side by side, as its attention wants them."""
+    if like.is_cuda:
+        return like.new_empty(sequence, batch, *heads)
+    return like.new_empty(batch, *heads[:-1], sequence, heads[-1]).permute(3, 0, 1, 2, 4)
+
+
 class _RotatedHeads(torch.autograd.Function):
     """`split_heads` with one pass over queries and keys, and gradients written where the QKV matrix wants them."""
 
@@ -58,8 +65,8 @@ class _RotatedHeads(torch.autograd.Function):
         sequence, batch, groups, entries, width = qkv_SBGED.shape
         cosines, sines = rotation.unsqueeze(4).unbind()
         ctx.save_for_backward(cosines, sines)
-        q = qkv_SBGED.new_empty(sequence, batch, groups, entries - 2, width)
-        k = qkv_SBGED.new_empty(sequence, batch, groups, 1, width)
+        q = _empty_heads(qkv_SBGED, sequence, batch, groups, entries - 2, width)
+        k = _empty_heads(qkv_SBGED, sequence, batch, groups, 1, width)
         _rotate_into(q, qkv_SBGED[..., :-2, :], cosines, sines)
         _rotate_into(k, qkv_SBGED[..., -2:-1, :], cosines, sines)
         return q.flatten(2, 3), k.squeeze(3), qkv_SBGED[..., -1, :]

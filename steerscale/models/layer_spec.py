@@ -153,6 +153,9 @@ class CoreAttention(torch.nn.Module):
         return out_BHSD.permute(2, 0, 1, 3).flatten(start_dim=2)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        if not q.is_cuda:
+            # The CPU's kernel is a sixth faster, forward and backward, where a head's positions lie side by side.
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         return F.scaled_dot_product_attention(
             q,
             k,
