@@ -159,8 +159,9 @@ def test_attention_that_no_fused_kernel_takes_is_left_to_torch(monkeypatch: pyte
             assert choice.activation is None, "no gate"
 
 
-def test_documents_are_kept_apart_by_torchs_own_varlen_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_documents_are_kept_apart_by_torchs_own_varlen_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {"on_cuda": True, "model": LLAMA, "precision": "bf16", "documents": True}
+    monkeypatch.setattr("steerscale.accelerators._PROBES", {})  # as if none was installed
     monkeypatch.setattr("steerscale.accelerators.torch_has_varlen", lambda: True)
     assert choose_kernels("auto", **asked) == KernelChoice(varlen=True)
     assert choose_kernels("torch", **asked) == TORCH

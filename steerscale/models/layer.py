@@ -120,16 +120,8 @@ class Attention(torch.nn.Module):
         assert width is not None
         self.groups, self.width = groups // size, width
         self._recompute = config.recompute_granularity == "selective"
-        common: Any = {"config": config, "is_expert": False, "tp_group": pg_collection.tp}
-        self.linear_qkv = parts.column(
-            config.hidden_size,
-            (heads + 2 * groups) * width,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=config.add_bias_linear or config.add_qkv_bias,
-            skip_bias_add=False,
-            tp_comm_buffer_name="qkv",
-            **common,
+        self.linear_qkv = _column(
+            parts, config, pg_collection, (heads + 2 * groups) * width, name="qkv", bias=config.add_qkv_bias
         )
         self.core_attention = parts.core_attention(
             config=config,
@@ -140,16 +132,7 @@ class Attention(torch.nn.Module):
             softmax_scale=None,
             pg_collection=pg_collection,
         )
-        self.linear_proj = parts.row(
-            heads * width,
-            config.hidden_size,
-            init_method=config.output_layer_init_method,
-            bias=config.add_bias_linear,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            tp_comm_buffer_name="proj",
-            **common,
-        )
+        self.linear_proj = _row(parts, config, pg_collection, heads * width, name="proj")
 
     def forward(
         self, x_SBM: torch.Tensor, mask: torch.Tensor | None, rotation: torch.Tensor | None
@@ -172,31 +155,57 @@ class MLP(torch.nn.Module):
         super().__init__()
         self.activation = parts.gated_activation if config.gated_linear_unit else config.activation_func
         assert config.ffn_hidden_size is not None
-        common: Any = {"config": config, "is_expert": False, "tp_group": pg_collection.tp}
-        self.linear_fc1 = parts.column(
-            config.hidden_size,
-            config.ffn_hidden_size * (2 if config.gated_linear_unit else 1),
-            init_method=config.init_method,
-            gather_output=False,
-            bias=config.add_bias_linear,
-            skip_bias_add=False,
-            tp_comm_buffer_name="fc1",
-            **common,
+        width = config.ffn_hidden_size
+        self.linear_fc1 = _column(
+            parts, config, pg_collection, 2 * width if config.gated_linear_unit else width, name="fc1"
         )
-        self.linear_fc2 = parts.row(
-            config.ffn_hidden_size,
-            config.hidden_size,
-            init_method=config.output_layer_init_method,
-            bias=config.add_bias_linear,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            tp_comm_buffer_name="fc2",
-            **common,
-        )
+        self.linear_fc2 = _row(parts, config, pg_collection, width, name="fc2")
 
     def forward(self, x_SBM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         hidden, _ = self.linear_fc1(x_SBM)
         return self.linear_fc2(self.activation(hidden))
+
+
+def _column(
+    parts: LayerParts,
+    config: TransformerConfig,
+    pg_collection: ProcessGroupCollection,
+    outputs: int,
+    *,
+    name: str,
+    bias: bool = False,
+) -> torch.nn.Module:
+    """A matrix from d_model, cut along its outputs; it adds its bias itself."""
+    return parts.column(
+        config.hidden_size,
+        outputs,
+        config=config,
+        init_method=config.init_method,
+        gather_output=False,
+        bias=bias or config.add_bias_linear,
+        skip_bias_add=False,
+        is_expert=False,
+        tp_comm_buffer_name=name,
+        tp_group=pg_collection.tp,
+    )
+
+
+def _row(
+    parts: LayerParts, config: TransformerConfig, pg_collection: ProcessGroupCollection, inputs: int, *, name: str
+) -> torch.nn.Module:
+    """A matrix back to d_model, cut along its inputs; the bias is left to whoever adds the residual."""
+    return parts.row(
+        inputs,
+        config.hidden_size,
+        config=config,
+        init_method=config.output_layer_init_method,
+        bias=config.add_bias_linear,
+        input_is_parallel=True,
+        skip_bias_add=True,
+        is_expert=False,
+        tp_comm_buffer_name=name,
+        tp_group=pg_collection.tp,
+    )
 
 
 class ColumnLinear(tensor_parallel.ColumnParallelLinear):

@@ -135,10 +135,6 @@ class CoreAttention(torch.nn.Module):
         k_SBGD: torch.Tensor,
         v_SBGD: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        *,
-        attn_mask_type: Any = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
     ) -> torch.Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBHD, k_SBGD, v_SBGD))
         if self.cache is not None:
@@ -187,10 +183,9 @@ class VarlenAttention(CoreAttention):
         k_SBGD: torch.Tensor,
         v_SBGD: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        **others: Any,
     ) -> torch.Tensor:
         if attention_mask is None or attention_mask.ndim != 1 or self.cache is not None:
-            return super().forward(q_SBHD, k_SBGD, v_SBGD, attention_mask, **others)
+            return super().forward(q_SBHD, k_SBGD, v_SBGD, attention_mask)
         length, batch_size = q_SBHD.shape[:2]
         q_THD, k_TGD, v_TGD = (x.transpose(0, 1).flatten(end_dim=1).contiguous() for x in (q_SBHD, k_SBGD, v_SBGD))
         out_THD = self._varlen(q_THD, k_TGD, v_TGD, attention_mask, length)
@@ -250,10 +245,9 @@ class TEAttention(CoreAttention):
         k_SBGD: torch.Tensor,
         v_SBGD: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        **others: Any,
     ) -> torch.Tensor:
         if attention_mask is not None or self.cache is not None:
-            return super().forward(q_SBHD, k_SBGD, v_SBGD, attention_mask, **others)
+            return super().forward(q_SBHD, k_SBGD, v_SBGD, attention_mask)
         return self.fused(q_SBHD, k_SBGD, v_SBGD, None, attn_mask_type=self._mask_type)
 
 
