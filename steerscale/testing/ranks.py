@@ -84,6 +84,8 @@ def _serve(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    # Of some twenty groups that a layout has a test uses a few: the others are not connected, nor taken apart again.
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
     gc.freeze()  # what is loaded by now stays: collections after calls need not look at it
     while True:
         try:
@@ -94,6 +96,7 @@ def _serve(connection: Connection) -> None:
             connection.send((True, _call(function, args, rank, size, store)))
         except BaseException:  # noqa: BLE001 - everything a rank raises is the caller's to see
             connection.send((False, traceback.format_exc()))
+        _leave()  # afterwards: closing connections is mostly waiting, and the caller has something to do meanwhile
 
 
 def _call(function: Callable[..., Any], args: tuple[Any, ...], rank: int, size: int, store: str) -> Any:
@@ -102,14 +105,18 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], rank: int, size: 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     counter = dist.FileStore(store, size)
     dist.init_process_group("gloo", store=counter, rank=rank, world_size=size)
-    try:
-        answer = function(*args)
-        # A rank that left early would cut off one still in its last collective. A barrier is itself a collective: count.
-        counter.add("done", 1)
-        while counter.add("done", 0) < size:
-            time.sleep(0.002)
-        return answer
-    finally:
+    answer = function(*args)
+    # A rank that left early would cut off one still in its last collective. A barrier is itself a collective: count.
+    counter.add("done", 1)
+    while counter.add("done", 0) < size:
+        time.sleep(0.002)
+    return answer
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
         dist.destroy_process_group()
-        # Models and optimizers go around in circles, and hold process groups: some fifty threads each time.
-        gc.collect()
+    # Models and optimizers go around in circles, and hold process groups: some fifty threads each time.
+    gc.collect()
