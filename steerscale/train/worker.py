@@ -8,13 +8,14 @@ LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or where srun started it in Slurm's own. 
 import argparse
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from steerscale.errors import SteerscaleError
 from steerscale.rundir import clear_error, log_path, write_error
@@ -32,8 +33,8 @@ SLURM_NAMES = {
 """torchrun's variables by what srun calls them; the address is the job script's to say (`slurm/job.sbatch.template`)."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run this rank in a process of its own; see the module's docstring."""
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run this rank in a process of its own, and end it; see the module's docstring."""
     stop = StopRequest()
     stop.install()
     parser = argparse.ArgumentParser(prog="steerscale.train.worker", description="Run one rank of a prepared run.")
@@ -47,11 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     console = _redirect_output(log_path(args.run_dir, rank))
     with _logging_to(sys.stderr, console if rank == 0 else None, rank=rank):
         status = _run(args.run_dir, rank=rank, stop=stop, threads=int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if status:
-        sys.stderr.flush()
-        # At once, past any clean-up that could wait for the other ranks: they learn of it by the broken connection.
-        os._exit(status)
-    return 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once. After a failure any clean-up could wait for the other ranks, which learn of it by the broken connection; and
+    # after a success there is none left to do, but the interpreter would take a second to free torch object by object.
+    os._exit(status)
 
 
 def run_alone(run_dir: Path, *, threads: int) -> int:
@@ -80,7 +81,8 @@ def _run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> int:
     _set_cuda_environment()
     try:
         # Torch and Megatron-Core take seconds to import: a stop signal that comes meanwhile is already remembered.
-        from steerscale.train.run import run
+        with _no_collections():
+            from steerscale.train.run import run
 
         run(run_dir, rank=rank, stop=stop, threads=threads)
     except Exception as error:
@@ -88,6 +90,17 @@ def _run(run_dir: Path, *, rank: int, stop: StopRequest, threads: int) -> int:
         write_error(run_dir, rank, error)
         return 2 if isinstance(error, SteerscaleError) else 1
     return 0
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """For imports: looking for garbage among half a million objects that stay would take a fifth of their time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # nor do later collections look at them
+        gc.enable()
 
 
 def _adopt_slurm_ranks() -> None:
@@ -144,4 +157,4 @@ def _logging_to(file: TextIO, console: TextIO | None, *, rank: int) -> Iterator[
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -62,4 +62,4 @@ module.run = run  # type: ignore[attr-defined]
 
 if __name__ == "__main__":
     sys.modules["steerscale.train.run"] = module
-    sys.exit(main())
+    main()

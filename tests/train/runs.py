@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +122,7 @@ def _work(run_dir: str, environment: dict[str, str], setup: Callable[[int], obje
     os.environ.update(environment)
     if setup is not None:
         setup(int(environment["RANK"]))
-    sys.exit(main([run_dir]))
+    main([run_dir])
 
 
 @dataclass(frozen=True)
