@@ -10,14 +10,18 @@ import inspect
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from steerscale import native
 from steerscale.errors import ConfigError
 from steerscale.models.config import ModelConfig
 
 Kernels = Literal["auto", "torch", "apex", "te", "liger"]
 """What `engine.kernels` may say. auto: by component, the best that is there and runs on this device."""
-Library = Literal["torch", "apex", "te", "liger", "flash"]
+Library = Literal["torch", "apex", "te", "liger", "flash", "native"]
+"""native: compiled from C++ of our own."""
 MAX_HEAD_WIDTH = 256
 """The widest head of flash-attention's kernels."""
+NATIVE_HEAD_WIDTHS = 16
+"""Widths of heads that `native/attention.cpp` takes are multiples of this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +168,8 @@ def choose_kernels(
         attention = first("flash")
     elif fused and not documents and not leave_to_compiler:
         attention = first("te")
+    elif wish == "auto" and not on_cuda and not documents and _has_native_attention(model, precision):
+        attention = "native"
     return KernelChoice(
         adam=adam,
         norm="torch" if leave_to_compiler else first("te", "apex", "liger"),
@@ -194,6 +200,11 @@ def _usable(wish: Kernels, *, on_cuda: bool) -> set[Library]:
     return there & {wish, "flash"}
 
 
+def _has_native_attention(model: ModelConfig, precision: str) -> bool:
+    fits = precision == "fp32" and not model.attention_dropout and model.head_width % NATIVE_HEAD_WIDTHS == 0
+    return fits and native.attention_library() is not None
+
+
 def torch_has_varlen() -> bool:
     """Whether this torch has attention over sequences of various lengths, with the arguments that are used here."""
     try:
@@ -218,6 +229,8 @@ def kernel_table(choice: KernelChoice) -> list[Accelerator]:
         if field.name in _COMPONENTS and library is not None:
             uses.setdefault(library, []).append(_use(field.name, library, choice))
     rows = [Accelerator("torch", True, "found", ", ".join(uses.get("torch", [])))]
+    if "native" in uses:
+        rows.append(Accelerator("steerscale", True, "compiled", ", ".join(uses["native"])))
     for library in _PROBES:
         one = _probe(library)
         rows.append(Accelerator(one.name, one.found, one.note, ", ".join(uses.get(library, []))))

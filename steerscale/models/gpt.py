@@ -14,10 +14,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from steerscale.accelerators import TORCH, KernelChoice
+from steerscale.models.block_config import BlockConfig
 from steerscale.models.config import ModelConfig
 from steerscale.models.functions import cross_entropy
 from steerscale.models.layer import ColumnLinear
-from steerscale.models.layer_spec import BlockConfig, block_spec
+from steerscale.models.layer_spec import block_spec
 from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.megatron import (
     LanguageModelEmbedding,
@@ -185,7 +186,7 @@ def rotary_table(positions_BS: torch.Tensor, head_width: int, theta: float, dtyp
 def document_mask(documents_BS: torch.Tensor) -> torch.Tensor:
     """[B, 1, S, S], True where query and key lie in one document and the key is not in the future.
 
-    What `layer_spec.document_begins` gave instead of numbers, int32 [N + 1], is left as it is, for a kernel that takes that.
+    What `core_attention.document_begins` gave instead of numbers, int32 [N + 1], is left as it is: for a kernel that takes it.
     """
     if documents_BS.ndim == 1:
         return documents_BS

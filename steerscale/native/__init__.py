@@ -1,7 +1,7 @@
 """The compiled CPU code: built once by the machine's own C++ compiler, loaded over ctypes.
 
 Without a compiler everything works without it, the kernels by torch operations several times slower, byte-pair encoding in
-Python; a warning says so once.
+Python; a warning says so once. Torch-free: tokenizers are trained, and kernels chosen, without the seconds its import takes.
 """
 
 import ctypes
@@ -14,10 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # tokenizers are trained without torch, which takes seconds to import
-    import torch
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +22,18 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread")
 BUILD_TIMEOUT_S = 120
 
-_POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+INT64 = ctypes.c_int64
+_POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, INT64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
     "top_rows": [_POINTER, _INT64, _INT64, _INT64, _POINTER, _INT],
     "count_rows": [_POINTER, _INT64, _INT64, _POINTER, _INT],
     "find_rows": [_POINTER, _INT64, _INT64, _POINTER, _POINTER, _INT],
     "sum_tokens": [_POINTER] * 5 + [_INT64, _INT64, _POINTER, _INT, _INT],
     "decode_gradients": [_POINTER] * 6 + [_INT64, _INT64, _POINTER, _POINTER, _INT, _INT, _INT],
+}
+_ATTENTION_SIGNATURES = {
+    "attention_forward": [_POINTER] * 5 + [_FLOAT] + [_POINTER] * 2 + [_INT],
+    "attention_backward": [_POINTER] * 6 + [_FLOAT] + [_POINTER] * 5 + [_INT],
 }
 _BPE_SIGNATURES = {
     "bpe_train": ([_POINTER] * 4 + [_INT64] + [_POINTER] * 2 + [_INT64, _POINTER, _INT64, _INT64], _POINTER),
@@ -58,18 +60,22 @@ def bpe_library() -> ctypes.CDLL | None:
     )
 
 
-def usable(*tensors: "torch.Tensor") -> ctypes.CDLL | None:
-    """The kernels if they can work on these tensors: float32 on the CPU."""
-    import torch
+@functools.cache
+def attention_library() -> ctypes.CDLL | None:
+    """The kernels of `attention.cpp`, likewise; to be loaded after torch, whose OpenMP threads they then run on."""
+    return _load(
+        SOURCE.with_name("attention.cpp"),
+        {name: (arguments, None) for name, arguments in _ATTENTION_SIGNATURES.items()},
+        flags=("-fopenmp",),
+        without="attention for the CPU, torch's is used instead (half as fast)",
+    )
 
-    if all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors):
-        return library()
-    return None
 
-
-def _load(source: Path, signatures: dict[str, tuple[list[Any], Any]], *, without: str) -> ctypes.CDLL | None:
+def _load(
+    source: Path, signatures: dict[str, tuple[list[Any], Any]], *, without: str, flags: tuple[str, ...] = ()
+) -> ctypes.CDLL | None:
     try:
-        loaded = ctypes.CDLL(str(_compiled(source)))
+        loaded = ctypes.CDLL(str(_compiled(source, (*FLAGS, *flags))))
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("no compiled %s: %s", without, error)
         return None
@@ -79,12 +85,12 @@ def _load(source: Path, signatures: dict[str, tuple[list[Any], Any]], *, without
     return loaded
 
 
-def _compiled(source: Path) -> Path:
+def _compiled(source: Path, flags: tuple[str, ...]) -> Path:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise FileNotFoundError("there is no C++ compiler (c++, g++, clang++)")
     # -march=native binds the result to this processor; a home directory may be shared by different ones.
-    identity = [source.read_text(), compiler, *FLAGS, platform.machine(), _processor_flags()]
+    identity = [source.read_text(), compiler, *flags, platform.machine(), _processor_flags()]
     name = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steerscale"
     target = cache / f"{source.stem}-{name}.so"
@@ -93,7 +99,7 @@ def _compiled(source: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as directory:
         built = Path(directory) / target.name
-        command = [compiler, *FLAGS, "-o", str(built), str(source)]
+        command = [compiler, *flags, "-o", str(built), str(source)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
         if done.returncode:
             raise OSError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")

@@ -152,9 +152,12 @@ def _bag(values: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor, source
 
 
 def _library(values: torch.Tensor, y_BD: torch.Tensor, into: torch.Tensor | None, *others: torch.Tensor) -> CDLL | None:
+    """The compiled kernels if they can work on these tensors: float32 on the CPU."""
     if into is not None and not into.is_contiguous():
         return None
-    return native.usable(values, y_BD, *others, *([] if into is None else [into]))
+    tensors = (values, y_BD, *others, *([] if into is None else [into]))
+    on_cpu = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+    return native.library() if on_cpu else None
 
 
 def _triton(*tensors: torch.Tensor) -> ModuleType | None:

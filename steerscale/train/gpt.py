@@ -18,11 +18,11 @@ from steerscale.engines.deepspeed_config import write_ds_config
 from steerscale.engines.deepspeed_pipeline import DeepSpeedPipelineEngine, Pipeline
 from steerscale.engines.megatron import MegatronEngine
 from steerscale.errors import ConfigError
+from steerscale.models.core_attention import document_begins
 from steerscale.models.gpt import build_chunks, losses_of, transformer_config
 from steerscale.models.gpt_layers import BlockLayer, gpt_layers
 from steerscale.models.hf.load import load_hf
 from steerscale.models.layer import compile_layers
-from steerscale.models.layer_spec import document_begins
 from steerscale.models.sharding import Chunk, initialize_parameters, named_shards
 from steerscale.parallel.context import ParallelContext, stage_context
 from steerscale.parallel.layout import ParallelLayout

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from steerscale.accelerators import TORCH, find_accelerators, torch_has_varlen
 from steerscale.engines.config import EngineConfig
 from steerscale.engines.fp8 import LEAST_CAPABILITY
+from steerscale.models.core_attention import document_begins, varlen
 from steerscale.models.gpt import GPT, transformer_config
-from steerscale.models.layer_spec import document_begins, liger_swiglu, normalization, varlen
+from steerscale.models.layer_spec import liger_swiglu, normalization
 from steerscale.models.sharding import initialize_parameters
 from steerscale.parallel.context import initialize
 from steerscale.parallel.layout import ParallelLayout

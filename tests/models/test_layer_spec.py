@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from steerscale.accelerators import TORCH, KernelChoice
-from steerscale.models import layer_spec
+from steerscale.models import core_attention, layer_spec
+from steerscale.models.core_attention import CoreAttention, TEAttention, VarlenAttention, document_begins
 from steerscale.models.gpt import GPT, document_mask, transformer_config
 from steerscale.models.kv_cache import cached
-from steerscale.models.layer_spec import CoreAttention, TEAttention, VarlenAttention, document_begins
 from steerscale.models.sharding import initialize_parameters, named_shards
 from steerscale.parallel.context import ParallelContext, initialize
 from steerscale.parallel.layout import ParallelLayout
@@ -32,13 +32,15 @@ from tests.models.gpts import GPT2, LLAMA
 REPOSITORY = Path(__file__).parent.parent.parent
 DOCUMENTS_BS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 10, [0] * 16])
 TE = KernelChoice(norm="te", linear="te", attention="te")
+TE_MODULES = (layer_spec, core_attention)
+"""Those that ask for Transformer Engine's layers."""
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_remembered() -> Iterator[None]:
     yield
     layer_spec.normalization.cache_clear()
-    layer_spec.varlen.cache_clear()
+    core_attention.varlen.cache_clear()
 
 
 @pytest.fixture
@@ -287,7 +289,8 @@ def test_transformer_engine_by_its_signatures(
     model: Any, monkeypatch: pytest.MonkeyPatch, context: ParallelContext
 ) -> None:
     te = StandInTE()
-    monkeypatch.setattr(layer_spec, "te_layers", lambda: te)
+    for module in TE_MODULES:
+        monkeypatch.setattr(module, "te_layers", lambda: te)
     tokens = tokens_of(model)
     batch = (tokens[:, :-1], None, None, tokens[:, 1:])
     plain, chunk = gpt_of(model, context, TORCH), gpt_of(model, context, TE)
@@ -300,7 +303,8 @@ def test_transformer_engine_never_sees_a_mask_or_a_cache(
     monkeypatch: pytest.MonkeyPatch, context: ParallelContext
 ) -> None:
     te = StandInTE()
-    monkeypatch.setattr(layer_spec, "te_layers", lambda: te)
+    for module in TE_MODULES:
+        monkeypatch.setattr(module, "te_layers", lambda: te)
     chunk = gpt_of(LLAMA, context, replace(TORCH, attention="te")).eval()
     plain = gpt_of(LLAMA, context, TORCH).eval()
     assert type(chunk.decoder.layers[0].self_attention.core_attention) is TEAttention
@@ -319,7 +323,8 @@ def test_transformer_engine_never_sees_a_mask_or_a_cache(
 
 def _sequence_parallel_norms(library: str) -> tuple[list[bool], list[tuple[str, Any]]]:
     te = StandInTE()
-    layer_spec.te_layers = lambda: te
+    for module in TE_MODULES:
+        module.te_layers = lambda: te  # type: ignore[attr-defined]
     try:
         with initialize(ParallelLayout(tensor=2, sequence=True, micro_batch_size=2)) as context:
             tensor_parallel.model_parallel_cuda_manual_seed(0)
@@ -327,7 +332,8 @@ def _sequence_parallel_norms(library: str) -> tuple[list[bool], list[tuple[str, 
             norms = [p.sequence_parallel for name, p in chunk.named_parameters() if "norm" in name]  # type: ignore[attr-defined]
             return norms, [(shard.name, shard.dim) for shard, _ in named_shards([chunk])]
     finally:
-        layer_spec.te_layers = importlib.import_module("steerscale.parallel.megatron").te_layers
+        for module in TE_MODULES:
+            module.te_layers = importlib.import_module("steerscale.parallel.megatron").te_layers  # type: ignore[attr-defined]
 
 
 def test_norms_of_every_library_are_reduced_under_sequence_parallelism(pool: RankPool) -> None:
