@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def test_queue_has_an_end_and_jobs_run_in_their_order(lm_directory: Path) -> Non
         gate.set()
         while sum(isinstance(event, Finished) for event in found) < 2:
             assert model.is_alive
+            time.sleep(0.005)  # the model's thread needs the interpreter
         model.stop()
     assert not any(isinstance(event, Failed) for event in found)
     assert sum(isinstance(event, Finished) for event in found) == 2
@@ -91,7 +93,7 @@ def test_stopping_turns_away_what_waits_and_ends_what_runs(lm_directory: Path) -
         ending = threading.Thread(target=model.stop)
         ending.start()
         while model.is_alive:
-            pass
+            time.sleep(0.005)
         gate.set()
         ending.join(60)
         assert not ending.is_alive()
@@ -117,6 +119,7 @@ def test_a_failing_job_does_not_end_the_thread(lm_directory: Path, caplog: pytes
         model.submit(job(found))
         while not found or not isinstance(found[-1], Finished):
             assert model.is_alive
+            time.sleep(0.005)
         model.stop()
     assert isinstance(found[0], Failed)
     assert (found[0].error.status, str(found[0].error)) == (500, "the generation failed")

@@ -24,21 +24,25 @@ class Killer:
 
     def kill_at_step(self, step: int) -> None:
         """Kill some milliseconds after `step` was reported."""
-        self._kill_when(lambda: any(r["step"] >= step for r in read_records(self.directory.parent, "train")), 0.03)
+        self._kill_when(
+            lambda: any(r["step"] >= step for r in read_records(self.directory.parent, "train")),
+            look_s=0.01,
+            delay_s=0.03,
+        )
 
     def kill_writing(self, step: int) -> None:
         """Kill as soon as a checkpoint of `step` or later begins to be written."""
-        self._kill_when(lambda: any(int(path.name[-8:]) >= step for path in self.hidden()), 0.003)
+        self._kill_when(lambda: any(int(path.name[-8:]) >= step for path in self.hidden()), look_s=0.001, delay_s=0.003)
 
     def hidden(self) -> list[Path]:
         """Checkpoints that are being written, or were when all was killed."""
         return list(self.directory.glob(f"{HIDDEN}*"))
 
-    def _kill_when(self, condition: Callable[[], bool], delay_s: float) -> None:
+    def _kill_when(self, condition: Callable[[], bool], *, look_s: float, delay_s: float) -> None:
         workers = Workers(self.config)
         while not condition():
             assert all(process.is_alive() for process in workers.processes), "the run ended before it was killed"
-            time.sleep(0.0005)
+            time.sleep(look_s)  # the ranks need the cores
         time.sleep(self.random.uniform(0, delay_s))
         workers.kill()
         self.cut_short += bool(self.hidden())

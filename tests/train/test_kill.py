@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ from steerscale.testing.ranks import RankPool
 from steerscale.train.config import TrainConfig
 from steerscale.train.loop import Loop
 from tests.train.kills import Killer, assert_same_run
-from tests.train.runs import AtStep, Workers, prepare, run_config
+from tests.train.runs import MODEL, AtStep, Workers, prepare, run_config
 
 
 def test_run_killed_ten_times_repeats_itself_bitwise(pool: RankPool, german_data: Path, tmp_path: Path) -> None:
     config = run_config(
         german_data,
         tmp_path / "killed",
-        parallel={"tensor": 2},
-        train=TrainConfig(steps=40, eval_interval=10, eval_samples=6),
+        parallel={"tensor": 2, "micro_batch_size": 4},
+        model=replace(MODEL, num_layers=2),
+        train=TrainConfig(steps=35, eval_interval=10, eval_samples=6),
         checkpoint=CheckpointConfig(interval=3, keep=2),
     )
     killer = Killer(config, seed=7)
