@@ -138,12 +138,14 @@ def _ours(side: str, size: Size, directory: Path, pace: Pace) -> list[float]:
     from steerscale.metrics import Recorder, read_records
     from steerscale.parallel.context import initialize
     from steerscale.train.gpt import build_gpt_task
+    from steerscale.train.host_memory import keep_freed_memory
     from steerscale.train.loop import Loop, Progress
     from steerscale.train.signals import StopRequest
 
     config = _config(size, directory, steps=10**6, side=side)
     run_dir = Path(config.run_dir)
     (run_dir / DIRECTORY).mkdir(parents=True)
+    keep_freed_memory()
     with (
         initialize(config.layout()) as context,
         closing(build_gpt_task(config, context)) as task,

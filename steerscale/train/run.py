@@ -23,6 +23,7 @@ from steerscale.rundir import KERNELS, State, Status, read_config, write_error, 
 from steerscale.train.apart import run_apart
 from steerscale.train.config import RunConfig
 from steerscale.train.gpt import build_gpt_task
+from steerscale.train.host_memory import keep_freed_memory
 from steerscale.train.kernels import kernel_report
 from steerscale.train.loop import Loop, Progress
 from steerscale.train.preflight import is_due, run_preflight
@@ -56,6 +57,8 @@ def _train(
     context: ParallelContext,
     source: ActivationSource | None = None,
 ) -> None:
+    if context.device.type == "cpu":
+        keep_freed_memory()
     with closing(_build_task(config, context, run_dir, source)) as task:
         store = CheckpointStore(run_dir / "checkpoints", config.checkpoint)
         progress = _resume(config, store, task)
