@@ -1,26 +1,22 @@
 """The planned peak of a rank against what a real step allocates at most, as torch's profiler counts it."""
 
 import gc
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 
 import pytest
 import torch
 
-from steerscale.checkpoint.config import CheckpointConfig
-from steerscale.data.loader import MicroBatch
 from steerscale.engines.config import EngineConfig
 from steerscale.models.config import ModelConfig
 from steerscale.models.functions import CHUNK_ELEMENTS
-from steerscale.optim import OptimConfig
 from steerscale.parallel.context import initialize
-from steerscale.parallel.layout import ParallelConfig
 from steerscale.planning import memory
 from steerscale.planning.memory import estimate_memory
 from steerscale.testing.ranks import RankPool
-from steerscale.train.config import MetricsConfig, RunConfig, TrainConfig
-from steerscale.train.gpt import build_engine, sum_losses
+from steerscale.train.config import RunConfig
+from steerscale.train.gpt import build_engine
+from tests.planning.steps import step, step_config
 
 GPT2 = ModelConfig(num_layers=4, d_model=256, num_heads=4, seq_len=128, vocab_size=4096, tie_embeddings=False)
 LLAMA = replace(GPT2, position="rotary", norm="rmsnorm", activation="swiglu", bias=False, d_ff=640, num_kv_groups=2)
@@ -35,14 +31,7 @@ def allocated_peak(config: RunConfig) -> int:
         initialize(config.layout()) as context,
         closing(build_engine(config, context)) as engine,
     ):
-
-        def forward(batch: MicroBatch, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
-            output = chunk(batch.tokens_BS, batch.positions_BS, batch.documents_BS, batch.labels_BS)
-            return output, lambda losses_BS: sum_losses(losses_BS, batch.loss_mask_BS)
-
-        tokens_BS = torch.arange(128).repeat(4, 1)
-        batch = MicroBatch(tokens_BS=tokens_BS, labels_BS=tokens_BS, loss_mask_BS=torch.ones(4, 128))
-        engine.train_step([batch] * 2, forward, lr=1e-3)
+        step(engine, config)
     assert profile.profiler is not None
     events = profile.profiler.kineto_results.events()
     held = most = 0
@@ -66,20 +55,7 @@ def allocated_peak(config: RunConfig) -> int:
 def test_planned_peak_is_within_a_tenth(
     pool: RankPool, monkeypatch: pytest.MonkeyPatch, model: ModelConfig, engine: EngineConfig
 ) -> None:
-    if engine.name == "deepspeed":
-        pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
-    config = RunConfig(
-        name="peak",
-        run_dir="unused",
-        model=model,
-        data=None,
-        train=TrainConfig(steps=1),
-        parallel=ParallelConfig(micro_batch_size=4, gradient_accumulation_steps=2),
-        engine=engine,
-        optim=OptimConfig(lr=1e-3),
-        checkpoint=CheckpointConfig(),
-        metrics=MetricsConfig(),
-    )
+    config = step_config(model, engine, micro_batch_size=4)
     monkeypatch.setattr(memory, "LOGIT_CHUNK", CHUNK_ELEMENTS["cpu"])
     planned = estimate_memory(model, config.layout(), engine=engine).total
     (measured,) = pool.run(allocated_peak, config, ranks=1)

@@ -1,25 +1,21 @@
 """What the planner says that an engine holds against the tensors that a real one has on its ranks, at the fullest moment."""
 
 from collections import deque
-from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
 import pytest
 import torch
 
-from steerscale.checkpoint.config import CheckpointConfig
-from steerscale.data.loader import MicroBatch
 from steerscale.engines.config import EngineConfig
 from steerscale.models.config import ModelConfig
-from steerscale.optim import OptimConfig
 from steerscale.parallel.context import initialize
-from steerscale.parallel.layout import ParallelConfig
 from steerscale.planning.memory import shard_parameters
 from steerscale.planning.states import model_states
 from steerscale.testing.ranks import RankPool
-from steerscale.train.config import MetricsConfig, RunConfig, TrainConfig
-from steerscale.train.gpt import build_engine, sum_losses
+from steerscale.train.config import RunConfig
+from steerscale.train.gpt import build_engine
+from tests.planning.steps import step, step_config
 
 MODEL = ModelConfig(num_layers=8, d_model=64, num_heads=4, seq_len=32, vocab_size=128, tie_embeddings=False)
 LARGEST = 4 * 64 * 64
@@ -71,19 +67,7 @@ def most_held(config: RunConfig) -> int:
         else:
             watch(engine.optimizer, "prepare_grads")
 
-        def forward(batch: MicroBatch, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
-            output = chunk(batch.tokens_BS, batch.positions_BS, batch.documents_BS, batch.labels_BS)
-            return output, lambda losses_BS: sum_losses(losses_BS, batch.loss_mask_BS)
-
-        tokens_BS = torch.arange(32).reshape(1, 32)
-        batch = MicroBatch(
-            tokens_BS=tokens_BS,
-            labels_BS=tokens_BS + 1,
-            loss_mask_BS=torch.ones(1, 32),
-            positions_BS=None,
-            documents_BS=None,
-        )
-        engine.train_step([batch] * 2, forward, lr=1e-3)
+        step(engine, config)
         return max(held)
 
 
@@ -103,20 +87,7 @@ ENGINES = [
 
 
 def assert_planned(pool: RankPool, engine: EngineConfig, **degrees: int) -> None:
-    if engine.name == "deepspeed":
-        pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
-    config = RunConfig(
-        name="states",
-        run_dir="unused",
-        model=MODEL,
-        data=None,
-        train=TrainConfig(steps=1),
-        parallel=ParallelConfig(data=2, micro_batch_size=1, gradient_accumulation_steps=2, **degrees),
-        engine=engine,
-        optim=OptimConfig(lr=1e-3),
-        checkpoint=CheckpointConfig(),
-        metrics=MetricsConfig(),
-    )
+    config = step_config(MODEL, engine, data=2, micro_batch_size=1, **degrees)
     layout = config.layout()
     for rank, held in enumerate(pool.run(most_held, config, ranks=layout.world_size)):
         planned = model_states(
