@@ -13,7 +13,6 @@ from steerscale.train.config import RunConfig
 from tests.sae.training import ARCHITECTURES, Trained, sae_config, trained
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP2": {"tensor": 2},
     "TP4": {"tensor": 4},
     "DP2": {"data": 2},
     "TP2 DP2": {"tensor": 2, "data": 2},
