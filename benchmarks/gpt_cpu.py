@@ -6,7 +6,7 @@ Sides, each in a process of its own, steps taking turns; the first rounds are wa
 
 - gemm: every matrix product of a step (forward, and the gradients of inputs and weights of all linear layers and of the head)
   at the same shapes, on matrices of their own; the bound. gemm_attention: those inside of attention as well, as plain batched
-  products, causal or not.
+  products of whole S x S squares. A causal attention needs a little over half of that, so this bound is no limit of nature.
 - ours: `train.loop.Loop` as `python -m launch.train` runs it on one rank, data loader, clipping, metrics and all;
   ours_compiled: the same with engine.compile=blocks.
 - transformers: `Trainer` on `LlamaForCausalLM` (SDPA attention, fused AdamW), with gradient accumulation;
@@ -51,6 +51,7 @@ GOALS = {
     "compiled_to_transformers_compiled": 1.1,
     "compiled_to_litgpt_compiled": 1.1,
     "to_gemm_bound": 0.9,
+    "to_gemm_attention_bound": 0.9,
 }
 PAIRS = {
     "to_transformers": ("ours", "transformers"),
@@ -58,6 +59,7 @@ PAIRS = {
     "compiled_to_transformers_compiled": ("ours_compiled", "transformers_compiled"),
     "compiled_to_litgpt_compiled": ("ours_compiled", "litgpt_compiled"),
     "to_gemm_bound": ("ours", "gemm"),
+    "to_gemm_attention_bound": ("ours", "gemm_attention"),
     "compiled_to_gemm_bound": ("ours_compiled", "gemm"),
     "compiled_to_gemm_attention_bound": ("ours_compiled", "gemm_attention"),
 }

@@ -13,7 +13,7 @@ from steerscale.train.config import RunConfig
 def run_kernels(config: RunConfig, *, on_cuda: bool) -> KernelChoice:
     """The choice for the run that `config` describes. Raises ConfigError where it asks for what is not there."""
     engine = config.engine
-    if engine.name == "deepspeed":
+    if engine.name == "deepspeed" and on_cuda:
         # torch's AdamW, and no fused layers: ZeRO takes their parameters apart in ways nobody has tried.
         layers = None if config.sae is not None else "torch"
         gated = layers if config.model.gated else None

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from steerscale import native
 from steerscale.accelerators import TORCH, KernelChoice, Kernels
 from steerscale.engines.config import EngineConfig
 from steerscale.errors import ConfigError
@@ -41,8 +42,18 @@ def test_deepspeed_has_torchs_kernels() -> None:
     assert run_kernels(config(deepspeed, model=GPT2), on_cuda=True) == replace(TORCH, activation=None)
 
 
+@pytest.mark.parametrize("name", ["megatron", "deepspeed"])
+def test_attention_on_the_cpu_is_ours_for_both_engines(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "attention_library", lambda: "compiled")
+    wide = replace(LLAMA, d_head=16)
+    assert run_kernels(config(EngineConfig(name=name), model=wide), on_cuda=False) == replace(TORCH, attention="native")
+    assert run_kernels(config(EngineConfig(name=name, kernels="torch"), model=wide), on_cuda=False) == TORCH
+    table = kernel_report(config(EngineConfig(name=name), model=wide), on_cuda=False).splitlines()
+    assert table[2].split() == ["steerscale", "compiled", "attention"]
+
+
 def test_the_report_of_a_run_on_the_cpu() -> None:
-    lines = kernel_report(config(EngineConfig()), on_cuda=False).splitlines()
+    lines = kernel_report(config(EngineConfig(kernels="torch")), on_cuda=False).splitlines()
     assert [line.split("  ")[0] for line in lines[1:]] == [
         "torch",
         "Apex",
