@@ -66,7 +66,7 @@ def test_attention_and_gradients_are_those_of_the_formula(shape: tuple[int, ...]
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=5e-6 * scale)
     grads = torch.autograd.grad(out, tensors, gradient)
     for name, ours, theirs in zip("qkv", grads, torch.autograd.grad(expected, exact, gradient.double())):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-5 * scale, msg=lambda m: f"{name}: {m}")  # noqa: B023
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=3e-5 * scale, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
 
 def test_strides_do_not_matter() -> None:
