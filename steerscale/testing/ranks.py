@@ -84,8 +84,6 @@ def _serve(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    # Of some twenty groups that a layout has a test uses a few: the others are not connected, nor taken apart again.
-    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
     gc.freeze()  # what is loaded by now stays: collections after calls need not look at it
     while True:
         try:
