@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from steerscale.errors import LaunchError
-from steerscale.parallel.cpu import cuda_is_available, redirect_cuda
+from steerscale.parallel.cpu import cuda_is_available, redirect_cuda, settle_vector_math
 from steerscale.parallel.layout import Coordinates, ParallelLayout
 from steerscale.parallel.megatron import ProcessGroupCollection, parallel_state, quiet
 from steerscale.parallel.worlds import World
@@ -98,6 +98,7 @@ def initialize(
         if target.type == "cuda":
             torch.cuda.set_device(target)
         else:
+            settle_vector_math()
             stack.enter_context(redirect_cuda(to=target.type))
         if not dist.is_initialized():
             chosen, timeout = backend or _default_backend(target), timedelta(minutes=timeout_minutes)

@@ -94,7 +94,6 @@ def _serve(connection: Connection) -> None:
             connection.send((True, _call(function, args, rank, size, store)))
         except BaseException:  # noqa: BLE001 - everything a rank raises is the caller's to see
             connection.send((False, traceback.format_exc()))
-        _leave()  # afterwards: closing connections is mostly waiting, and the caller has something to do meanwhile
 
 
 def _call(function: Callable[..., Any], args: tuple[Any, ...], rank: int, size: int, store: str) -> Any:
@@ -103,18 +102,14 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], rank: int, size: 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     counter = dist.FileStore(store, size)
     dist.init_process_group("gloo", store=counter, rank=rank, world_size=size)
-    answer = function(*args)
-    # A rank that left early would cut off one still in its last collective. A barrier is itself a collective: count.
-    counter.add("done", 1)
-    while counter.add("done", 0) < size:
-        time.sleep(0.002)
-    return answer
-
-
-def _leave() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
+    try:
+        answer = function(*args)
+        # A rank that left early would cut off one still in its last collective. A barrier is itself a collective: count.
+        counter.add("done", 1)
+        while counter.add("done", 0) < size:
+            time.sleep(0.002)
+        return answer
+    finally:
         dist.destroy_process_group()
-    # Models and optimizers go around in circles, and hold process groups: some fifty threads each time.
-    gc.collect()
+        # Models and optimizers go around in circles, and hold process groups: some fifty threads each time.
+        gc.collect()
