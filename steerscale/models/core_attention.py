@@ -23,6 +23,9 @@ class CoreAttention(torch.nn.Module):
 
     forward(q_SBHD, k_SBGD, v_SBGD, mask) -> [S, B, H * D]. `mask` is None (plain causal) or a boolean
     [B, 1, S, S] where True means "may attend", causality included.
+
+    A subclass says by `_takes` what its kernel can do, and does that by `_kernel`. Everything else, and whatever has a
+    key/value cache, is torch's.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, **unused: Any) -> None:
@@ -39,6 +42,8 @@ class CoreAttention(torch.nn.Module):
         v_SBGD: torch.Tensor,
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
+        if self.cache is None and self._takes(q_SBHD, attention_mask):
+            return self._kernel(q_SBHD, k_SBGD, v_SBGD, attention_mask)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBHD, k_SBGD, v_SBGD))
         if self.cache is not None:
             k, v = self.cache.extend(k, v)
@@ -50,6 +55,12 @@ class CoreAttention(torch.nn.Module):
         else:
             out_BHSD = self._attend(q, k, v, attention_mask)
         return out_BHSD.permute(2, 0, 1, 3).flatten(start_dim=2)
+
+    def _takes(self, q_SBHD: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        return False
+
+    def _kernel(self, q_SBHD: torch.Tensor, k_SBGD: torch.Tensor, v_SBGD: torch.Tensor, mask: Any) -> torch.Tensor:
+        raise NotImplementedError
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if not q.is_cuda:
@@ -67,17 +78,12 @@ class CoreAttention(torch.nn.Module):
 
 
 class NativeAttention(CoreAttention):
-    """Plain causal attention by our own kernels, for float32 on a CPU; everything else as `CoreAttention` does it."""
+    """Plain causal attention by our own kernels, for float32 on a CPU."""
 
-    def forward(
-        self,
-        q_SBHD: torch.Tensor,
-        k_SBGD: torch.Tensor,
-        v_SBGD: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        if attention_mask is not None or self.cache is not None or not cpu_attention.is_possible(q_SBHD):
-            return super().forward(q_SBHD, k_SBGD, v_SBGD, attention_mask)
+    def _takes(self, q_SBHD: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        return mask is None and cpu_attention.is_possible(q_SBHD)
+
+    def _kernel(self, q_SBHD: torch.Tensor, k_SBGD: torch.Tensor, v_SBGD: torch.Tensor, mask: Any) -> torch.Tensor:
         return cpu_attention.causal_attention(q_SBHD, k_SBGD, v_SBGD).flatten(start_dim=2)
 
 
@@ -88,25 +94,20 @@ Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int],
 class VarlenAttention(CoreAttention):
     """Causal attention within documents, by a kernel that takes where they begin instead of an S x S mask.
 
-    `mask` may then be what `document_begins` gives, int32 [N + 1]; with any other it does as `CoreAttention` does.
+    `mask` may then be what `document_begins` gives, int32 [N + 1].
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, **unused: Any) -> None:
         super().__init__(config, layer_number, attn_mask_type)
         self._varlen = varlen(kernels_of(config).attention)
 
-    def forward(
-        self,
-        q_SBHD: torch.Tensor,
-        k_SBGD: torch.Tensor,
-        v_SBGD: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        if attention_mask is None or attention_mask.ndim != 1 or self.cache is not None:
-            return super().forward(q_SBHD, k_SBGD, v_SBGD, attention_mask)
+    def _takes(self, q_SBHD: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        return mask is not None and mask.ndim == 1
+
+    def _kernel(self, q_SBHD: torch.Tensor, k_SBGD: torch.Tensor, v_SBGD: torch.Tensor, mask: Any) -> torch.Tensor:
         length, batch_size = q_SBHD.shape[:2]
         q_THD, k_TGD, v_TGD = (x.transpose(0, 1).flatten(end_dim=1).contiguous() for x in (q_SBHD, k_SBGD, v_SBGD))
-        out_THD = self._varlen(q_THD, k_TGD, v_TGD, attention_mask, length)
+        out_THD = self._varlen(q_THD, k_TGD, v_TGD, mask, length)
         return out_THD.unflatten(0, (batch_size, length)).transpose(0, 1).flatten(start_dim=2).contiguous()
 
 
@@ -146,8 +147,8 @@ def document_begins(documents_BS: torch.Tensor) -> torch.Tensor:
 class TEAttention(CoreAttention):
     """Transformer Engine's attention where it is plainly causal.
 
-    Masks and key/value caches stay with `CoreAttention`: Transformer Engine has no fused kernel for an arbitrary mask, and
-    under the mask type "causal" it does not look at one that it is given.
+    Masks stay with torch: Transformer Engine has no fused kernel for an arbitrary one, and under the mask type "causal" it does
+    not look at one that it is given.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, **others: Any) -> None:
@@ -157,15 +158,10 @@ class TEAttention(CoreAttention):
         )
         self._mask_type = attn_mask_type
 
-    def forward(
-        self,
-        q_SBHD: torch.Tensor,
-        k_SBGD: torch.Tensor,
-        v_SBGD: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        if attention_mask is not None or self.cache is not None:
-            return super().forward(q_SBHD, k_SBGD, v_SBGD, attention_mask)
+    def _takes(self, q_SBHD: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        return mask is None
+
+    def _kernel(self, q_SBHD: torch.Tensor, k_SBGD: torch.Tensor, v_SBGD: torch.Tensor, mask: Any) -> torch.Tensor:
         return self.fused(q_SBHD, k_SBGD, v_SBGD, None, attn_mask_type=self._mask_type)
 
 

@@ -3,6 +3,7 @@
 Shapes: S positions, B batch, H heads, G groups of heads that share keys and values, D head width.
 """
 
+import ctypes
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def _library() -> Any:
 
 def _numbers(rows: list[tuple[int, ...]]) -> Any:
     flat = [number for row in rows for number in row]
-    return (native.INT64 * len(flat))(*flat)
+    return (ctypes.c_int64 * len(flat))(*flat)
 
 
 @torch.library.custom_op("steerscale::causal_attention", mutates_args=())
