@@ -75,6 +75,7 @@ class Inbox:
         self._leads = leads
         self._arrived: queue.SimpleQueue[Command | Exception] = queue.SimpleQueue()
         self._vectors: deque[Command] = deque()
+        self._open = len(sources)
         self._threads = [
             threading.Thread(target=self._listen, args=(link, source), name=f"commands of {source}", daemon=True)
             for source in sources
@@ -83,7 +84,10 @@ class Inbox:
             thread.start()
 
     def next(self, look: Callable[[], None]) -> Command:
-        """The command to carry out now; waits for one, and calls `look` meanwhile. Raises what broke a connection."""
+        """The command to carry out now; waits for one, and calls `look` meanwhile. Raises what broke a connection.
+
+        CLOSE comes when every source has said it, as one may still wait for what it asked for when another is done.
+        """
         while True:
             look()
             try:
@@ -94,6 +98,11 @@ class Inbox:
                 continue
             if isinstance(item, Exception):
                 raise item
+            if item.kind is Kind.CLOSE:
+                self._open -= 1
+                self._vectors = deque(asked for asked in self._vectors if asked.client != item.client)
+                if self._open:
+                    continue
             if not self._leads or item.kind is not Kind.VECTORS:
                 return item
             self._vectors.append(item)

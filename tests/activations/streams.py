@@ -130,8 +130,8 @@ def see_apart(
     sizes: Sequence[int],
     state: dict[str, Any] | None = None,
     changes: Mapping[str, Any] | None = None,
-) -> Seen | int:
-    """As `see`, with the model on ranks of its own; of those, the forward passes they ran. For `RankPool.run`."""
+) -> Seen | list[bytes]:
+    """As `see`, with the model on ranks of its own; of those, the tokens of each forward pass. For `RankPool.run`."""
     config = stream_config(model, hooks=len(hooks), **(changes or {}))
     layouts = {TRAINERS: placement.trainers, PRODUCERS: placement.producers}
     with (
@@ -140,26 +140,28 @@ def see_apart(
     ):
         link = Link(world, device=context.device)
         if world.name == PRODUCERS:
-            source = CountingSource(GPTSource(build_random(model, context), hooks, context, seq_len=SEQ_LEN))
+            source = RecordingSource(GPTSource(build_random(model, context), hooks, context, seq_len=SEQ_LEN))
             dtype = buffer_dtype(config, source)
             Producer(source, link, placement, context, store=world.everyone, dtype=dtype).serve(lambda: None)
             return source.passes
         remote = RemoteSource(link, placement, context, world.everyone)
         with closing(ActivationStream(config, remote, dataset(data), context)) as stream:
-            return take(stream, context, sizes, state)
+            seen = take(stream, context, sizes, state)
+            stream.load(seen.state)  # waits for all that was asked for: what is still to come at a close is not run
+            return seen
 
 
-class CountingSource:
-    """Counts the forward passes of a source."""
+class RecordingSource:
+    """Keeps the tokens of each forward pass of a source."""
 
     def __init__(self, source: Any) -> None:
-        self._source, self.passes = source, 0
+        self._source, self.passes = source, []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
     def run(self, batches: Iterable[torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-        """The source's own, counted."""
-        for activations in self._source.run(batches):
-            self.passes += 1
-            yield activations
+        """The source's own."""
+        for tokens_BS in batches:
+            self.passes.append(tokens_BS.numpy().tobytes())
+            yield from self._source.run([tokens_BS])

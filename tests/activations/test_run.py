@@ -27,7 +27,7 @@ from tests.activations.streams import (
     MODELS,
     ONE,
     SEQ_LEN,
-    CountingSource,
+    RecordingSource,
     Seen,
     dataset,
     stream_config,
@@ -105,11 +105,11 @@ def cached(
     model = MODELS["gpt2"]
     with initialize(degrees) as context:
         source = GPTSource(build_random(model, context), hooks, context, seq_len=SEQ_LEN, identity="gpt2-random")
-        counting = CountingSource(source)
+        recording = RecordingSource(source)
         config = stream_config(model, hooks=len(hooks), micro_batch_size=micro_batch_size)
-        stream = ActivationStream(config, CachedSource(counting, directory, context), dataset(data), context, seed)
+        stream = ActivationStream(config, CachedSource(recording, directory, context), dataset(data), context, seed)
         with closing(stream):
-            return take(stream, context, SIZES), counting.passes
+            return take(stream, context, SIZES), len(recording.passes)
 
 
 def test_cache_is_read_back_in_the_same_order(german_data: Path, tmp_path: Path, pool: RankPool) -> None:

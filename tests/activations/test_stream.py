@@ -27,7 +27,7 @@ from tests.activations.streams import (
     MODELS,
     ONE,
     SEQ_LEN,
-    CountingSource,
+    RecordingSource,
     Seen,
     build,
     dataset,
@@ -189,14 +189,14 @@ def test_production_is_interleaved_with_consumption(german_data: Path) -> None:
     """After the first fill no step waits for more than a few passes, and no pass is run twice or for nothing."""
     with initialize(ONE) as context:
         model = MODELS["gpt2"]
-        source = CountingSource(GPTSource(build_random(model, context), [LATE], context, seq_len=SEQ_LEN))
+        source = RecordingSource(GPTSource(build_random(model, context), [LATE], context, seq_len=SEQ_LEN))
         stream = ActivationStream(stream_config(model), source, dataset(german_data), context)
         per_block = -(-BLOCK // 2)
         passes = []
         for _ in range(60):
-            before = source.passes
+            before = len(source.passes)
             stream.next(64)
-            passes.append(source.passes - before)
+            passes.append(len(source.passes) - before)
         blocks = sum(cursor[0] for cursor in stream.state()["cursors"])
     assert passes[0] >= LANES * per_block
     # 8 vectors of a lane a step, about 150 in a block of 3 passes: 1.3 passes a step for 8 lanes.
