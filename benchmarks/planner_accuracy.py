@@ -31,9 +31,9 @@ from dataclasses import dataclass, replace
 
 from benchmarks._common import against, print_environment
 from steerscale.engines.config import EngineConfig
-from steerscale.models.config import ModelConfig
+from steerscale.models.config import ModelConfig, Recompute
 from steerscale.parallel.layout import ParallelLayout
-from steerscale.planning.flops import Recompute, narayanan_2021_hardware_flops
+from steerscale.planning.flops import narayanan_2021_hardware_flops
 from steerscale.planning.iteration import predict_iteration
 from steerscale.planning.machine import Efficiency, Machine, machine_of
 from steerscale.planning.memory import GIB, chunks_in_flight, estimate_memory, layer_activation_bytes

@@ -110,7 +110,7 @@ def candidates(case: Prediction, model: ModelConfig, gpus: int) -> list[tuple[Pa
         )
         for tensor in (1, 2, 4, 8)
         for pipeline in (1, 2, 4, 8, 16, 32)
-        for recompute in ("none", "selective", "full")
+        for recompute in ("none", "pointwise", "selective", "full")
         if gpus % (tensor * pipeline) == 0 and model.num_layers % pipeline == 0
     ]
 

@@ -4,14 +4,15 @@ import argparse
 import json
 import os
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from steerscale.errors import ConfigError
+from steerscale.models.config import ModelConfig, Recompute
 
 if TYPE_CHECKING:
-    from steerscale.models.config import ModelConfig
     from steerscale.planning.machine import Machine
 
 VOCABULARY = 51200
@@ -59,7 +60,7 @@ def add_parser(subparsers: Any) -> None:
     ):
         limits.add_argument(f"--{name}", type=_list_of(int), metavar="N,...", help=what)
     limits.add_argument("--sequence", type=_list_of(_switch), metavar="on,off", help="sequence parallelism")
-    limits.add_argument("--recompute", type=_list_of(_mode), metavar="none,selective,full")
+    limits.add_argument("--recompute", type=_list_of(_mode), metavar="none,pointwise,selective,full")
     limits.add_argument(
         "--zero", type=_list_of(int), metavar="N,...", help="ZeRO stages: 0, 1; of DeepSpeed 2 and 3 as well"
     )
@@ -151,10 +152,9 @@ def load_model(
     seq_len: int | None = None,
     vocab_size: int | None = None,
     option: str = "--model",
-) -> "ModelConfig":
+) -> ModelConfig:
     """The model of a size of configs/model, a YAML file of model keys, or a run's config.yaml; `option` is who asks for it."""
     from steerscale.config import from_mapping, load_yaml
-    from steerscale.models.config import ModelConfig
 
     path = Path(name)
     if not name.endswith((".yaml", ".yml")):
@@ -221,6 +221,6 @@ def _switch(text: str) -> bool:
 
 
 def _mode(text: str) -> str:
-    if text not in ("none", "selective", "full"):
+    if text not in typing.get_args(Recompute):
         raise ValueError(text)
     return text

@@ -7,6 +7,7 @@ from steerscale.accelerators import Kernels
 from steerscale.config import require
 from steerscale.engines.fp8 import Fp8, check_fp8
 from steerscale.errors import LayoutError
+from steerscale.models.config import Recompute
 from steerscale.parallel.layout import ParallelLayout
 
 
@@ -19,8 +20,10 @@ class EngineConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Parameters and activations; bf16 and fp16 keep fp32 main weights, fp16 (DeepSpeed only) scales the loss. Gradients are
     reduced and accumulated in fp32, but for DeepSpeed's fp16."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recompute: none, the core attention only, or every block."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again instead of keeping it: none; pointwise: norms and activation functions, a third of
+    what a layer keeps for hardly any time; selective: the core attention, which saves memory only where its kernel stores
+    scores (ours and fused ones do not); full: every block."""
     distributed_optimizer: bool = True
     """Shard the optimizer state over the data-parallel replicas (ZeRO-1)."""
     overlap: bool = True

@@ -26,6 +26,7 @@ from steerscale.parallel.megatron import (
     Float16Module,
     OptimizerConfig,
     TransformerConfig,
+    add_in_products,
     clip_grad_by_total_norm_fp32,
     finalize_model_grads,
     forward_backward_no_pipelining,
@@ -87,6 +88,7 @@ class MegatronEngine:
             )
             for index, chunk in enumerate(chunks)
         ]
+        add_in_products(self.chunks)
         adam = adam_class(choose_kernels(engine.kernels, on_cuda=on_cuda).adam)
         with gathered_within(context.world), optimizers_of(adam):
             self.optimizer = get_megatron_optimizer(

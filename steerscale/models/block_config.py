@@ -8,9 +8,16 @@ from steerscale.parallel.megatron import TransformerConfig
 
 @dataclass
 class BlockConfig(TransformerConfig):
-    """Megatron-Core's configuration and whose kernels the layers take."""
+    """Megatron-Core's configuration, whose kernels the layers take, and what of them is not kept for the backward pass."""
 
     kernels: KernelChoice = TORCH
+    recompute_pointwise: bool = False
+    """Compute the results of norms and activation functions again instead of keeping them."""
+
+
+def recomputes_pointwise(config: TransformerConfig) -> bool:
+    """Whether the layers of a model with `config` compute the results of norms and activation functions again."""
+    return isinstance(config, BlockConfig) and config.recompute_pointwise
 
 
 def kernels_of(config: TransformerConfig) -> KernelChoice:

@@ -5,6 +5,10 @@ from typing import Literal
 
 from steerscale.config import require
 
+Recompute = Literal["none", "pointwise", "selective", "full"]
+"""What the backward pass computes again instead of keeping it: nothing, norms and activation functions, the core attention
+(scores, softmax, values), or each block."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

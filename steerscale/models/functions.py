@@ -1,4 +1,5 @@
-"""Rotary position embedding, SwiGLU, RMSNorm and cross-entropy with their own backward: fewer passes over memory, less kept.
+"""Linear layers, rotary position embedding, SwiGLU, RMSNorm and cross-entropy with their own backward: fewer passes over
+memory, less kept.
 
 Each equals the plain formula that stands beside it in the tests. Under torch.compile the plain formulas are used, which the
 compiler fuses better than any hand-written order of operations.
@@ -13,7 +14,43 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from steerscale.parallel.main_grad import GradientTarget
+
 # Tensors that autograd saves are read only; what is written here is new or has been handed over by its only reader.
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, into_main_grad: bool = False
+) -> torch.Tensor:
+    """`x @ weight^T + bias`.
+
+    Args:
+        into_main_grad: the product that gives the weight's gradient adds it to Megatron-Core's buffer (`parallel.main_grad`).
+    """
+    if not into_main_grad or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)  # type: ignore[return-value]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.target = GradientTarget(weight, True)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        rows = gradient.flatten(end_dim=-2)
+        d_x = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = (rows @ weight).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            d_weight = ctx.target.add_product(rows.t(), x.flatten(end_dim=-2))
+        if ctx.needs_input_grad[2]:
+            d_bias = rows.sum(dim=0)
+        return d_x, d_weight, d_bias
 
 
 def split_heads(
@@ -32,7 +69,8 @@ def split_heads(
         return _RotatedHeads.apply(qkv_SBGED, rotation)  # type: ignore[return-value]
     q, k, v = qkv_SBGED.split([entries - 2, 1, 1], dim=3)
     q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
-    return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
+    # As a view, v would keep all of `qkv_SBGED` for the attention's backward pass, beside the rotated q and k.
+    return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v.contiguous())
 
 
 def rotate(x_SBHD: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -66,10 +104,11 @@ class _RotatedHeads(torch.autograd.Function):
         cosines, sines = rotation.unsqueeze(4).unbind()
         ctx.save_for_backward(cosines, sines)
         q = _empty_heads(qkv_SBGED, sequence, batch, groups, entries - 2, width)
-        k = _empty_heads(qkv_SBGED, sequence, batch, groups, 1, width)
+        k, v = (_empty_heads(qkv_SBGED, sequence, batch, groups, 1, width) for _ in range(2))
         _rotate_into(q, qkv_SBGED[..., :-2, :], cosines, sines)
         _rotate_into(k, qkv_SBGED[..., -2:-1, :], cosines, sines)
-        return q.flatten(2, 3), k.squeeze(3), qkv_SBGED[..., -1, :]
+        v.copy_(qkv_SBGED[..., -1:, :])  # no view, as in `split_heads`
+        return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from steerscale.accelerators import TORCH, KernelChoice
 from steerscale.models.block_config import BlockConfig
-from steerscale.models.config import ModelConfig
+from steerscale.models.config import ModelConfig, Recompute
 from steerscale.models.functions import cross_entropy
 from steerscale.models.layer import ColumnLinear
 from steerscale.models.layer_spec import block_spec
@@ -199,7 +199,7 @@ def transformer_config(
     context: ParallelContext,
     *,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
-    recompute: Literal["none", "selective", "full"] = "none",
+    recompute: Recompute = "none",
     kernels: KernelChoice = TORCH,
     fp8: Literal["none", "hybrid", "e4m3"] = "none",
 ) -> BlockConfig:
@@ -207,7 +207,7 @@ def transformer_config(
 
     Args:
         precision: "fp32", "bf16" or "fp16": parameters and activations.
-        recompute: "none", "selective" (the core attention) or "full" (every block).
+        recompute: what the backward pass computes again.
         kernels: whose kernels the layers take.
         fp8: format of the linear layers' operands, for `kernels` with Transformer Engine's.
     """
@@ -247,7 +247,8 @@ def transformer_config(
         # Losses are summed over tokens and divided once by their number in the whole global batch: exact for any
         # split into micro-batches and replicas, masked tokens included.
         calculate_per_token_loss=True,
-        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_pointwise=recompute == "pointwise",
+        recompute_granularity=recompute if recompute in ("selective", "full") else None,
         recompute_method="uniform" if full else None,
         recompute_num_layers=1 if full else None,
         # An output's memory is freed once it is on its way to the next stage. Overlapped gloo sends still read it

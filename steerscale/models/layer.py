@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from steerscale.errors import ConfigError
-from steerscale.models.functions import split_heads, swiglu
+from steerscale.models.block_config import recomputes_pointwise
+from steerscale.models.functions import linear, split_heads, swiglu
+from steerscale.models.recompute import cheap
 from steerscale.parallel.megatron import (
     AttnMaskType,
     ProcessGroupCollection,
@@ -58,6 +60,7 @@ class Layer(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.layer_number = config, layer_number
+        self._keep = not recomputes_pointwise(config)
         norm: Any = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
         self.input_layernorm = parts.norm(**norm)
         self.self_attention = Attention(config, parts, layer_number, pg_collection)
@@ -74,9 +77,14 @@ class Layer(torch.nn.Module):
         **unused: Any,
     ) -> tuple[torch.Tensor, None]:
         """hidden [S, B, M] -> (hidden, None); `rotary_pos_emb` as for `functions.split_heads`. Named as Megatron-Core does."""
-        attended = self.self_attention(self.input_layernorm(hidden_states), attention_mask, rotary_pos_emb)
+        normed, saving = cheap(self.input_layernorm, hidden_states, keep=self._keep)
+        with saving:
+            attended = self.self_attention(normed, attention_mask, rotary_pos_emb)
         hidden_states = self._add(attended, hidden_states)
-        return self._add(self.mlp(self.pre_mlp_layernorm(hidden_states)), hidden_states), None
+        normed, saving = cheap(self.pre_mlp_layernorm, hidden_states, keep=self._keep)
+        with saving:
+            out = self.mlp(normed)
+        return self._add(out, hidden_states), None
 
     def _add(self, output: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor) -> torch.Tensor:
         """Bias, where the matrix left it, dropout, residual."""
@@ -153,6 +161,7 @@ class MLP(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, parts: LayerParts, pg_collection: ProcessGroupCollection) -> None:
         super().__init__()
+        self._keep = not recomputes_pointwise(config)
         self.activation = parts.gated_activation if config.gated_linear_unit else config.activation_func
         assert config.ffn_hidden_size is not None
         width = config.ffn_hidden_size
@@ -163,7 +172,9 @@ class MLP(torch.nn.Module):
 
     def forward(self, x_SBM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         hidden, _ = self.linear_fc1(x_SBM)
-        return self.linear_fc2(self.activation(hidden))
+        active, saving = cheap(self.activation, hidden, keep=self._keep)
+        with saving:
+            return self.linear_fc2(active)
 
 
 def _column(
@@ -228,7 +239,7 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
                 input_ = tensor_parallel.copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         weight = self.weight if weight is None else weight
         assert weight is not None
-        return F.linear(input_, weight, self.bias), None
+        return linear(input_, weight, self.bias, into_main_grad=self.gradient_accumulation_fusion), None
 
 
 class RowLinear(tensor_parallel.RowParallelLinear):
@@ -236,7 +247,7 @@ class RowLinear(tensor_parallel.RowParallelLinear):
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:  # type: ignore[override]
         if self.input_size_per_partition == self.input_size:
-            return F.linear(input_, self.weight, self.bias), None
+            return linear(input_, self.weight, self.bias, into_main_grad=self.gradient_accumulation_fusion), None
         if not torch.compiler.is_compiling():
             return super().forward(input_)
         out = F.linear(input_, self.weight)

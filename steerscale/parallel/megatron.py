@@ -7,11 +7,14 @@ warning for every accelerator that is not installed, which our own start-up repo
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
+
+from steerscale.parallel.main_grad import add_product, can_add
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -31,6 +34,7 @@ with warnings.catch_warnings():
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import layers as megatron_linear
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.enums import AttnMaskType, ModelType
     from megatron.core.transformer.module import Float16Module
@@ -52,6 +56,7 @@ __all__ = [
     "TransformerBlock",
     "TransformerBlockSubmodules",
     "TransformerConfig",
+    "add_in_products",
     "clip_grad_by_total_norm_fp32",
     "finalize_model_grads",
     "forward_backward_no_pipelining",
@@ -142,3 +147,24 @@ def gathered_within(world: dist.ProcessGroup | None) -> Iterator[None]:
         yield
     finally:
         dist.all_gather_object, dist.get_world_size = gather, size
+
+
+def add_in_products(chunks: Iterable[torch.nn.Module]) -> None:
+    """Let the tensor-parallel matrices of `chunks`, which DDP has wrapped, add their gradients to `main_grad` where possible.
+
+    A weight that is an embedding as well gets gradients from there, too: it is left alone, as are compiled layers.
+    """
+    megatron_linear.fused_weight_gradient_mlp_cuda = _Extension
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, tensor_parallel.ColumnParallelLinear | tensor_parallel.RowParallelLinear):
+                weight: Any = module.weight
+                module.gradient_accumulation_fusion = weight is not None and can_add(weight.dtype, weight.device)
+
+
+class _Extension:
+    """What Megatron-Core calls of Apex's extension of this name, by torch."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(x_TK: torch.Tensor, d_out_TN: torch.Tensor, into_NK: torch.Tensor) -> None:
+        add_product(into_NK, d_out_TN.t(), x_TK)

@@ -11,12 +11,8 @@ Documents packed into one sequence count as one document, though attention betwe
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-from steerscale.models.config import ModelConfig
-
-Recompute = Literal["none", "selective", "full"]
-"""What the backward pass computes again: nothing, the core attention (scores, softmax, values), or each block."""
+from steerscale.models.config import ModelConfig, Recompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +54,14 @@ def model_flops_per_token(model: ModelConfig) -> int:
 def hardware_flops_per_token(model: ModelConfig, *, recompute: Recompute) -> int:
     """FLOPs executed for one trained token: three forward passes over the padded vocabulary, and what is recomputed.
 
-    Selective repeats the core attention, full every block; neither repeats the logits. That attention skips the masked
-    half is true of fused kernels; PyTorch's unfused path executes it too, which is not counted.
+    Selective repeats the core attention, full every block; neither repeats the logits, and what pointwise repeats is not
+    counted. That attention skips the masked half is true of fused kernels; PyTorch's unfused path executes it too, which
+    is not counted.
     """
     forward = forward_flops_per_token(model, vocab_size=model.padded_vocab)
     repeated = {
         "none": 0,
+        "pointwise": 0,
         "selective": forward.attention,
         "full": forward.matrices + forward.attention,
     }[recompute]
@@ -113,8 +111,8 @@ def korthikanti_2022_model_flops(model: ModelConfig, *, batch_size: int) -> floa
 def korthikanti_2022_hardware_flops(model: ModelConfig, *, batch_size: int, recompute: Recompute) -> float:
     """Korthikanti et al. 2022 (arXiv 2205.05198), hardware FLOPs of one iteration.
 
-    None: the model FLOPs. Selective: `72 B L s h^2 (1 + s/3h + V/12hL)`, as printed: it adds the attention square,
-    s/6h, a second time, where repeating one forward pass in three would add s/18h. Full: SC21's equation 3.
+    None, pointwise: the model FLOPs. Selective: `72 B L s h^2 (1 + s/3h + V/12hL)`, as printed: it adds the attention
+    square, s/6h, a second time, where repeating one forward pass in three would add s/18h. Full: SC21's equation 3.
     """
     if recompute == "full":
         return narayanan_2021_hardware_flops(model, batch_size=batch_size)
@@ -127,12 +125,12 @@ def korthikanti_2022_hardware_flops(model: ModelConfig, *, batch_size: int, reco
 def legacy_flops(model: ModelConfig, *, batch_size: int, recompute: Recompute) -> float:
     """What the tag `iteration-time/TFLOPs per gpu (estimated)` of OpenGPT-X's Megatron fork divides by time and GPUs.
 
-    `c r B s L h^2 (1 + s/6h + V/16Lh)`, c = 24 or, gated, 32; r = 3 or, with any recomputation, 4; V padded. It reports
-    too much: hardware FLOPs under the name of TFLOPs, r = 4 for selective as well, c = 32 on attention and logits too,
-    all keys and values though they are shared, the whole attention square. Kept to compare with old runs, nothing else.
+    `c r B s L h^2 (1 + s/6h + V/16Lh)`, c = 24 or, gated, 32; r = 3 or, selective or full, 4; V padded. It reports too
+    much: hardware FLOPs under the name of TFLOPs, r = 4 for selective as well, c = 32 on attention and logits too, all
+    keys and values though they are shared, the whole attention square. Kept to compare with old runs, nothing else.
     """
     h, s, layers = model.d_model, model.seq_len, model.num_layers
-    coefficient = (32 if model.gated else 24) * (3 if recompute == "none" else 4)
+    coefficient = (32 if model.gated else 24) * (3 if recompute in ("none", "pointwise") else 4)
     return coefficient * batch_size * s * layers * h**2 * (1 + s / (6 * h) + model.padded_vocab / (16 * layers * h))
 
 

@@ -13,9 +13,9 @@ traffic on a link. Left out: loading data, logging, checkpoints, stragglers, and
 from dataclasses import dataclass, fields
 
 from steerscale.engines.config import EngineConfig
-from steerscale.models.config import ModelConfig
+from steerscale.models.config import ModelConfig, Recompute
 from steerscale.parallel.layout import ParallelLayout
-from steerscale.planning.flops import Recompute, forward_flops_per_token
+from steerscale.planning.flops import forward_flops_per_token
 from steerscale.planning.hardware import Precision
 from steerscale.planning.machine import Machine, group_bandwidth
 from steerscale.planning.memory import MASK_BYTES, shard_parameters
@@ -169,6 +169,8 @@ def _layer(
         backward += forward
     elif recompute == "selective":
         backward += core
+    elif recompute == "pointwise":
+        backward += _Pass(0.0, _pointwise(model, layout, precision) * tokens / _bytes_per_second(machine))
     return forward, backward
 
 
@@ -181,15 +183,19 @@ def _product_width(model: ModelConfig, t: int) -> float:
 def _elementwise(model: ModelConfig, layout: ParallelLayout, precision: Precision) -> float:
     """Bytes a token that a layer's forward pass moves outside of products and core attention.
 
-    Along the residual stream two norms (read, write) and two additions of bias and residual (read both, write, with
-    dropout its mask); split over the tensor group the activation function, and rotating queries and keys.
+    Beside `_pointwise`: along the residual stream two additions of bias and residual (read both, write, with dropout its
+    mask); split over the tensor group rotating queries and keys.
     """
     unit, t, sequence = WEIGHT_BYTES[precision], layout.tensor, layout.tensor if layout.sequence else 1
-    residual = (10 * unit + (2 * MASK_BYTES if model.dropout else 0)) * model.d_model
-    split = (3 if model.gated else 2) * unit * model.ffn_width
-    if model.position == "rotary":
-        split += 2 * unit * (model.num_heads + model.kv_groups) * model.head_width
-    return residual / sequence + split / t
+    residual = (6 * unit + (2 * MASK_BYTES if model.dropout else 0)) * model.d_model
+    rotated = model.num_heads + model.kv_groups if model.position == "rotary" else 0
+    return _pointwise(model, layout, precision) + residual / sequence + 2 * unit * rotated * model.head_width / t
+
+
+def _pointwise(model: ModelConfig, layout: ParallelLayout, precision: Precision) -> float:
+    """Bytes a token that two norms and, split over the tensor group, the activation function read and write."""
+    unit, t, sequence = WEIGHT_BYTES[precision], layout.tensor, layout.tensor if layout.sequence else 1
+    return 4 * unit * model.d_model / sequence + (3 if model.gated else 2) * unit * model.ffn_width / t
 
 
 def _head(model: ModelConfig, layout: ParallelLayout, machine: Machine, precision: Precision) -> _Pass:

@@ -8,9 +8,8 @@ fragmentation) is in `planning.fit`.
 from dataclasses import dataclass
 
 from steerscale.engines.config import EngineConfig
-from steerscale.models.config import ModelConfig
+from steerscale.models.config import ModelConfig, Recompute
 from steerscale.parallel.layout import ParallelLayout
-from steerscale.planning.flops import Recompute
 from steerscale.planning.hardware import Precision
 from steerscale.planning.states import FP32_BYTES, WEIGHT_BYTES, model_states
 
@@ -219,18 +218,20 @@ def layer_activation_bytes(
     Along the residual stream (whole on each rank without sequence parallelism): inputs of two norms, of QKV and of the
     first MLP matrix, two dropout masks. Split: queries, keys, values, the attention's result; the first MLP product
     and the second's input, `4 f/h` of the 34, gated `6 f/h` as the fused SwiGLU rebuilds the rest. Scores, unless
-    fused or selectively recomputed: softmax and, with dropout, its mask and its result. The statistics of norms and
-    softmax, below one part in a hundred, are left out.
+    fused or selectively recomputed: softmax and, with dropout, its mask and its result. Pointwise: not the results of norms
+    and activation function, which are the inputs of three matrices. The statistics of norms and softmax, below one part in
+    a hundred, are left out.
     """
     tokens, unit, h = _tokens(model, layout), WEIGHT_BYTES[precision], model.d_model
     t, sequence = layout.tensor, layout.tensor if layout.sequence else 1
     if recompute == "full":
         return unit * tokens * h // sequence
-    residual = 4 * unit * h + (2 * MASK_BYTES * h if model.dropout else 0)
+    results = 0 if recompute == "pointwise" else 1
+    residual = (2 + 2 * results) * unit * h + (2 * MASK_BYTES * h if model.dropout else 0)
     attention = 2 * unit * (model.num_heads + model.kv_groups) * model.head_width
-    mlp = unit * (3 if model.gated else 2) * model.ffn_width
+    mlp = unit * ((2 if model.gated else 1) + results) * model.ffn_width
     scores = 0
-    if recompute == "none" and not fused_attention:
+    if recompute != "selective" and not fused_attention:
         each = 2 * unit + MASK_BYTES if model.attention_dropout else unit
         scores = each * model.num_heads * model.seq_len
     return tokens * residual // sequence + tokens * (attention + mlp + scores) // t

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, replace
 from steerscale.config import require
 from steerscale.engines.config import EngineConfig, check_engine
 from steerscale.errors import ConfigError, LayoutError
-from steerscale.models.config import ModelConfig
+from steerscale.models.config import ModelConfig, Recompute
 from steerscale.parallel.layout import ParallelConfig, ParallelLayout
-from steerscale.planning.flops import Recompute
 from steerscale.planning.machine import Machine
 
 LARGEST_MICRO_BATCH = 32
@@ -79,7 +78,7 @@ def _recompute_modes(task: Task, search: Search, rejections: list[Rejection]) ->
     if search.recompute is not None:
         return search.recompute
     if not task.fused_attention:
-        return ("none", "selective", "full")
+        return ("none", "pointwise", "selective", "full")
     rejections.append(
         Rejection(
             what="recompute selective",
@@ -87,7 +86,7 @@ def _recompute_modes(task: Task, search: Search, rejections: list[Rejection]) ->
             text="the fused attention keeps no scores: recomputing it costs time and saves no memory",
         )
     )
-    return ("none", "full")
+    return ("none", "pointwise", "full")
 
 
 def _layouts(task: Task, search: Search, rejections: list[Rejection]) -> Iterator[ParallelLayout]:

@@ -7,9 +7,9 @@ Four FLOP rates of one run differ by up to a factor of two, and each has been ca
 from dataclasses import dataclass
 
 from steerscale.config import require
-from steerscale.models.config import ModelConfig
+from steerscale.models.config import ModelConfig, Recompute
 from steerscale.parallel.layout import ParallelLayout
-from steerscale.planning.flops import Recompute, hardware_flops, legacy_flops, model_flops
+from steerscale.planning.flops import hardware_flops, legacy_flops, model_flops
 
 FORMULAS: dict[str, str] = {
     "samples_per_second": "GBS / seconds",
@@ -21,7 +21,7 @@ FORMULAS: dict[str, str] = {
     "mfu": "model_tflops_per_gpu / dense bf16 peak",
     "hfu": "hardware_tflops_per_gpu / dense bf16 peak",
     "legacy_tflops_per_gpu": (
-        "(24 | 32 gated) (3 | 4 any recompute) GBS s L h^2 (1 + s/6h + V/16Lh) / (seconds GPUs 1e12), V padded"
+        "(24 | 32 gated) (3 | 4 selective, full) GBS s L h^2 (1 + s/6h + V/16Lh) / (seconds GPUs 1e12), V padded"
     ),
 }
 """Formula of each field of `Throughput`; symbols as in `steerscale.planning.flops`, GPUs = tensor x pipeline x data."""

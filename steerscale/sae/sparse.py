@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from steerscale.parallel.main_grad import GradientTarget
 from steerscale.parallel.select import Selection
 from steerscale.sae import kernels
 
@@ -90,7 +91,7 @@ class _Encode(torch.autograd.Function):
         into_main_grad: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_BD, W_enc_ND)
-        ctx.selection, ctx.target = selection, _Target(W_enc_ND, into_main_grad)
+        ctx.selection, ctx.target = selection, GradientTarget(W_enc_ND, into_main_grad)
         ctx.bias_dtype = None if b_enc_N is None else b_enc_N.dtype
         return selection.gather(pre_BN)
 
@@ -122,7 +123,7 @@ class _Decode(torch.autograd.Function):
         into_main_grad: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(values, W_dec_ND)
-        ctx.selection, ctx.project, ctx.target = selection, project, _Target(W_dec_ND, into_main_grad)
+        ctx.selection, ctx.project, ctx.target = selection, project, GradientTarget(W_dec_ND, into_main_grad)
         return kernels.sum_rows(values, selection, W_dec_ND)
 
     @staticmethod
@@ -136,19 +137,3 @@ class _Decode(torch.autograd.Function):
             d_out_BD, values, selection, W_dec_ND, project=ctx.project, into=ctx.target.buffer
         )
         return d_values.to(values.dtype), ctx.target.done(d_W), None, None, None
-
-
-class _Target:
-    """Where a weight's gradient goes: to autograd, or into the `main_grad` of Megatron-Core's DDP."""
-
-    def __init__(self, weight: torch.Tensor, into_main_grad: bool) -> None:
-        self.weight = weight
-        self.buffer: torch.Tensor | None = getattr(weight, "main_grad", None) if into_main_grad else None
-
-    def done(self, gradient: torch.Tensor) -> torch.Tensor | None:
-        """What autograd gets for the `gradient` that was written."""
-        if self.buffer is None:
-            return gradient.to(self.weight.dtype)
-        # DDP's hook adds `.grad` to `main_grad` unless this is set, but wants a `.grad` where it overlaps communication.
-        self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return torch.empty_like(self.weight) if self.weight.is_cuda else None

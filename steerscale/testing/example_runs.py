@@ -16,10 +16,10 @@ from typing import Any
 from steerscale.engines.config import EngineConfig
 from steerscale.errors import LayoutError
 from steerscale.metrics import Recorder
-from steerscale.models.config import ModelConfig
+from steerscale.models.config import ModelConfig, Recompute
 from steerscale.optim import OptimConfig
 from steerscale.parallel.layout import ParallelConfig, ParallelLayout
-from steerscale.planning.flops import Recompute, hardware_flops
+from steerscale.planning.flops import hardware_flops
 from steerscale.planning.hardware import find_device
 from steerscale.planning.memory import estimate_memory
 from steerscale.planning.throughput import throughput

@@ -68,7 +68,8 @@ def skip_a_step(config: RunConfig, poison: str, rank: int) -> dict[str, Any]:
         if poison == "loss":
             skipped = engine.train_step(batches(task, 1), poison_loss(task, rank), lr=LR)
         else:
-            parameter = engine.shards[-1][1]
+            # Gradients of matrices do not pass through autograd: a norm's or a bias's does.
+            parameter = next(parameter for _, parameter in reversed(engine.shards) if parameter.ndim == 1)
             mine = task.context.rank == rank
             hook = parameter.register_hook(lambda gradient: gradient * float(poison) if mine else gradient)
             skipped = engine.train_step(batches(task, 1), task.forward, lr=LR)
@@ -222,3 +223,32 @@ def test_infer_gives_logits_to_the_last_stage(pool: RankPool, german_data: Path,
     logits = torch.from_numpy(np.concatenate(parts, axis=-1))[..., : model.tokens]
     _, loss, labels = answers[0]
     assert F.cross_entropy(logits.permute(1, 2, 0), torch.from_numpy(labels)).item() == pytest.approx(loss, rel=1e-6)
+
+
+def added_in_products(config: RunConfig) -> set[str]:
+    """Parameters whose gradients the products added to the buffer themselves."""
+    with task_of(config) as task:
+        task.engine.train_step(batches(task, 0), task.forward, lr=LR)
+        found = {shard.name: parameter for shard, parameter in task.engine.shards}
+        assert all(parameter.main_grad.any() for parameter in found.values())
+        # Set anew for each step; the last one still says who did it.
+        return {name for name, parameter in found.items() if parameter.grad_added_to_main_grad}
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel"),
+    [("gpt2", layout()), ("llama", layout(tensor=2, sequence=True)), ("gpt2", layout(pipeline=2))],
+    ids=["one", "TP2+SP", "PP2"],
+)
+def test_products_add_the_gradients_of_matrices(
+    pool: RankPool, german_data: Path, model: str, parallel: ParallelConfig
+) -> None:
+    config = run_config(german_data, Path("unused"), MODELS[model], parallel)
+    ranks = pool.run(added_in_products, config, ranks=config.layout().world_size)
+    matrices = {f"{layer}.weight" for layer in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")}
+    for rank, found in enumerate(ranks):
+        assert {".".join(name.split(".")[-2:]) for name in found} - {"output_layer.weight"} == matrices
+        # An embedding that is the head as well gets gradients from two places.
+        tied = MODELS[model].tie_embeddings and parallel.pipeline == 1
+        is_head = config.layout().coordinates(rank).pipeline == parallel.pipeline - 1
+        assert any("output_layer" in name for name in found) == (is_head and not tied)

@@ -47,7 +47,7 @@ def test_parity_cuda_with_plain_pytorch(name: str, german_data: Path, tmp_path: 
     assert_parity(curve_of(config), reference_curve(config), CUDA_FP32)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["pointwise", "selective", "full"])
 def test_parity_cuda_recompute(recompute: str, german_data: Path, tmp_path: Path) -> None:
     plain = run_config(german_data, tmp_path / "plain", MODELS["llama"], layout())
     engine = EngineConfig(recompute=recompute)  # type: ignore[arg-type]

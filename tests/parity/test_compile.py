@@ -19,11 +19,11 @@ from tests.parity.runs import MODELS, layout, run_config
     ("model", "parallel", "documents", "engine"),
     [
         ("llama", layout(), True, {}),
-        ("llama", layout(tensor=2, sequence=True), False, {"recompute": "selective"}),
+        ("llama", layout(tensor=2, sequence=True), False, {"recompute": "pointwise"}),
         ("gpt2", layout(pipeline=2), False, {"recompute": "full"}),
         ("gpt2", layout(tensor=2), False, {"name": "deepspeed", "zero_stage": 2}),
     ],
-    ids=["documents", "TP2+SP-selective", "PP2-full", "deepspeed-TP2"],
+    ids=["documents", "TP2+SP-pointwise", "PP2-full", "deepspeed-TP2"],
 )
 def test_parity_compiled(
     run: Run, alone: Run, model: str, parallel: ParallelConfig, documents: bool, engine: dict[str, str]

@@ -44,11 +44,13 @@ def test_parity_replicated_optimizer_dp2(run: Run, alone: Run, model: str) -> No
     ("model", "recompute", "parallel"),
     [
         ("llama", "selective", layout()),
+        ("gpt2", "pointwise", layout()),
         ("gpt2", "full", layout()),
         ("llama", "full", layout(tensor=2, sequence=True)),
         ("gpt2", "selective", layout(tensor=2, sequence=True)),
+        ("llama", "pointwise", layout(tensor=2, sequence=True)),
     ],
-    ids=["selective", "full", "full-TP2+SP", "selective-TP2+SP"],
+    ids=["selective", "pointwise", "full", "full-TP2+SP", "selective-TP2+SP", "pointwise-TP2+SP"],
 )
 def test_parity_recompute(run: Run, alone: Run, model: str, recompute: str, parallel: ParallelConfig) -> None:
     engine = EngineConfig(recompute=recompute)  # type: ignore[arg-type]

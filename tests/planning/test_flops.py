@@ -3,9 +3,8 @@ from dataclasses import replace
 import pytest
 
 from steerscale.errors import ConfigError
-from steerscale.models.config import ModelConfig
+from steerscale.models.config import ModelConfig, Recompute
 from steerscale.planning.flops import (
-    Recompute,
     forward_flops_per_token,
     hardware_flops,
     hardware_flops_per_token,

@@ -4,8 +4,8 @@ import pytest
 
 from steerscale.engines.config import EngineConfig
 from steerscale.errors import ConfigError
+from steerscale.models.config import Recompute
 from steerscale.parallel.layout import ParallelLayout
-from steerscale.planning.flops import Recompute
 from steerscale.planning.layouts import Planned, plan_layouts, plan_one
 from steerscale.planning.machine import machine_of
 from steerscale.planning.memory import GIB
@@ -41,7 +41,7 @@ def test_plan_layouts_tries_every_split_of_the_gpus() -> None:
         layout.check_model(SMALL.model)
         assert plan.fit.memory.total_gib <= 36
     assert {plan.layout.sequence for plan in planned.plans if plan.layout.tensor > 1} == {False, True}
-    assert {plan.engine.recompute for plan in planned.plans} == {"none", "full"}
+    assert {plan.engine.recompute for plan in planned.plans} == {"none", "pointwise", "full"}
     assert {plan.engine.zero for plan in planned.plans if plan.layout.data > 1} == {0, 1}
 
 
@@ -160,7 +160,7 @@ def test_deepspeeds_overrides_name_its_stage() -> None:
 
 def test_selective_recomputation_is_tried_where_scores_are_stored() -> None:
     planned = plan_layouts(replace(SMALL, fused_attention=False))
-    assert {plan.engine.recompute for plan in planned.plans} == {"none", "selective", "full"}
+    assert {plan.engine.recompute for plan in planned.plans} == {"none", "pointwise", "selective", "full"}
 
 
 def test_overrides_compose_to_the_layout() -> None:

@@ -5,9 +5,8 @@ import pytest
 
 from steerscale.engines.config import EngineConfig
 from steerscale.errors import LayoutError
-from steerscale.models.config import ModelConfig
+from steerscale.models.config import ModelConfig, Recompute
 from steerscale.parallel.layout import ParallelLayout
-from steerscale.planning.flops import Recompute
 from steerscale.planning.hardware import Precision
 from steerscale.planning.memory import (
     GIB,
@@ -127,6 +126,7 @@ def test_layer_activations_are_the_papers(tensor: int) -> None:
     assert units("none", sequence=False) == 10 + 24 / tensor + 80 / tensor
     assert units("none", sequence=False, fused=True) == 10 + 24 / tensor
     assert units("selective", sequence=False) == 10 + 24 / tensor
+    assert units("pointwise", sequence=False, fused=True) == 6 + 16 / tensor
     assert units("full", sequence=False) == 2
     if tensor > 1:
         assert units("none", sequence=True) == (34 + 80) / tensor
