@@ -37,8 +37,11 @@ _RULES = (
     ("optimizer", r"adam|Optimizer\.step|multi_tensor"),
 )
 _PATTERNS = tuple((category, re.compile(pattern, re.IGNORECASE)) for category, pattern in _RULES)
-_PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::bmm": (0, 1), "aten::baddbmm": (1, 2)}
-"""Matrix products and which of their operands are the matrices."""
+_PRODUCTS = {
+    **dict.fromkeys(("aten::mm", "aten::bmm"), (0, 1)),
+    **dict.fromkeys(("aten::addmm", "aten::addmm_", "aten::baddbmm", "aten::baddbmm_"), (1, 2)),
+}
+"""Matrix products and which of their operands are the matrices. With `_` they add to a buffer, as `parallel.main_grad` does."""
 _SYNCHRONISATIONS = re.compile(r"cuda\w*Synchronize|aten::_local_scalar_dense")
 
 

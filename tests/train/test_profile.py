@@ -99,6 +99,16 @@ def test_optimizer_and_python_have_times_of_their_own(tmp_path: Path) -> None:
     assert step.parts["communication"] == 0
 
 
+def test_products_that_add_to_a_buffer_have_flops(tmp_path: Path) -> None:
+    profiler = StepProfiler(ProfileConfig(steps=[1]), run_dir=tmp_path, rank=0, device=torch.device("cpu"))
+    into, a, b = torch.zeros(8, 16), torch.ones(8, 4), torch.ones(4, 16)
+    with profiler.step(1):
+        into.addmm_(a, b)
+        into[None].baddbmm_(a[None], b[None])
+    (path,) = find_traces(tmp_path)
+    assert read_trace(path).gemm_flops == 2 * 2 * 8 * 4 * 16
+
+
 def event(name: str, begin: float, end: float, *, cat: str = "kernel", tid: int = 7) -> dict[str, Any]:
     return {"ph": "X", "cat": cat, "name": name, "pid": 0, "tid": tid, "ts": begin, "dur": end - begin, "args": {}}
 
