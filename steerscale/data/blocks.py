@@ -119,6 +119,11 @@ def _read_parquet(source: Source, number: int, reading: Reading) -> Iterator[Blo
                 done = source.stored_bytes * (first + len(batch)) // table.metadata.num_rows
                 yield Block(source.name, number, "rows", first, batch.column(0).to_pylist(), done)
                 first += len(batch)
+    except UnicodeDecodeError as error:  # neither Arrow nor most that write parquet look at the bytes of a string
+        raise DataError(
+            f"{source.name}, rows {first + 1} to {first + len(batch)}: {reading.text_key!r} holds text that is not valid UTF-8 "
+            f"({error}); write the file again with text that is"
+        ) from error
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{source.name} cannot be read as parquet: {error}") from error
 
@@ -195,7 +200,7 @@ def _parse_jsonl(block: Block, reading: Reading) -> Iterable[tuple[int, str]]:
         where = f"{block.name}, line {number + 1}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # brackets within thousands of brackets
             raise DataError(f"{where} is not valid JSON: {error}") from error
         if not isinstance(record, dict):
             raise DataError(f"{where} is not a JSON object with a key {key!r}: {line[:60]}")

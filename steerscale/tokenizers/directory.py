@@ -19,7 +19,7 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         target: must not exist, or be an empty directory.
         force: replace a `target` that holds a manifest, i.e. was written this way; anything else is never removed.
 
-    Raises DataError before the block runs if `target` is in the way.
+    Raises DataError before the block runs if `target` is in the way, or after it if something cannot be written.
     """
     _check_free(target, force=force)
     try:
@@ -34,6 +34,8 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         # Someone may have written there meanwhile.
         _check_free(target, force=force)
         _replace(target, temporary)
+    except OSError as error:
+        raise DataError(f"{target} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

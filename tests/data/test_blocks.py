@@ -143,6 +143,7 @@ def test_invalid_utf8_names_line_and_byte(tmp_path, monkeypatch):
         ('{"body": "x", "id": 2}', "line 2 has no key 'text', only body, id: choose one with --text-key"),
         ('{"text": 5}', "line 2: 'text' must be text, got 5"),
         ('{"text": "x"', "line 2 is not valid JSON"),
+        ('{"text": ' + "[" * 100_000, "line 2 is not valid JSON"),
         ('"x"', "line 2 is not a JSON object"),
         ('{"text": "\\ud800"}', "line 2: 'text' holds half of a surrogate pair"),
     ],
@@ -151,6 +152,14 @@ def test_bad_jsonl_line(tmp_path, line, message):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "x"}\n' + line)
     with pytest.raises(DataError, match=message):
+        texts(file)
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path):
+    file = tmp_path / "a.parquet"
+    stored = pa.array([b"gut", b"schl\xe4cht"], type=pa.binary())
+    parquet.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 2, stored.buffers())}), file)
+    with pytest.raises(DataError, match=r"a\.parquet, rows 1 to 2: 'text' holds text that is not valid UTF-8"):
         texts(file)
 
 

@@ -1,3 +1,5 @@
+import errno
+
 import pytest
 
 from steerscale.errors import DataError
@@ -27,6 +29,17 @@ def test_leaves_nothing_after_an_error(tmp_path, error):
 
     with pytest.raises(error):
         interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_an_error_that_names_the_directory(tmp_path):
+    def full():
+        with new_directory(tmp_path / "target") as directory, (directory / "file").open("wb", buffering=0) as file:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DataError, match=r"target could not be written: .*No space left"):
+        full()
     assert list(tmp_path.iterdir()) == []
 
 
