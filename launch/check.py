@@ -32,7 +32,7 @@ def check_config(mapping: Mapping[str, Any]) -> RunConfig:
     config = _absolute(from_mapping(RunConfig, mapping))
     dry = config.launcher.name == "dry_run"
     layout = config.layout()
-    check_ramp_up(config.train.ramp_up, layout)
+    check_ramp_up(config.train.ramp_up, layout, lanes=1 if config.stream is None else config.stream.lanes)
     if config.stream is not None:
         check_stream(config)
     _check_ranks(config)

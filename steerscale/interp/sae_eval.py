@@ -17,6 +17,7 @@ Tokens that the stream drops are left as they are, and are not counted except in
     B sequences, S sequence, d width, V vectors that count, N latents of this tensor rank
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -261,18 +262,23 @@ class _Evaluator:
         total_d = sums[len(SUMS) : len(SUMS) + spec.d_out]
         never, *losses = sums[len(SUMS) + spec.d_out :].tolist()
         count = of["count"]
-        variance = of["square"] - float(total_d.square().sum()) / count
+        variance = of["square"] - _quotient(float(total_d.square().sum()), count)
         values = {
-            "l0": of["l0"] / count,
-            "fvu": of["squared_error"] / variance,
-            "mse": of["squared_error"] / count,
-            "cosine": of["cosine"] / count,
-            "norm_ratio": of["norm_hat"] / of["norm"],
+            "l0": _quotient(of["l0"], count),
+            "fvu": _quotient(of["squared_error"], variance),
+            "mse": _quotient(of["squared_error"], count),
+            "cosine": _quotient(of["cosine"], count),
+            "norm_ratio": _quotient(of["norm_hat"], of["norm"]),
             "dead": never / spec.width,
             "vectors": count,
         }
         if len(spec.outputs) == 1:
             ce = {name: loss / float(self._tokens) for name, loss in zip(LOSSES, losses)}
             values |= {f"ce_{name}": loss for name, loss in ce.items()}
-            values["ce_recovered"] = (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"])
+            values["ce_recovered"] = _quotient(ce["zero"] - ce["spliced"], ce["zero"] - ce["clean"])
         return values
+
+
+def _quotient(part: float, whole: float) -> float:
+    """nan where there is nothing to take a part of: no vectors, all of them equal, a model that does not read them."""
+    return part / whole if whole else math.nan

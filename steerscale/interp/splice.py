@@ -3,6 +3,7 @@
 Shapes: B sequences, S sequence, M d_model.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ class Splice:
     l0: float
     """Active latents of a vector."""
     fvu: float
-    """sum |x - x_hat|^2 / sum |x - mean x|^2."""
+    """sum |x - x_hat|^2 / sum |x - mean x|^2; nan of fewer than two vectors, as is l0 of none."""
     loss: float
     """Of the model as it is."""
     spliced_loss: float
@@ -36,8 +37,9 @@ class Splice:
 
     @property
     def recovered(self) -> float:
-        """Share of the loss between zeros and the activation that the reconstruction wins back."""
-        return (self.zero_loss - self.spliced_loss) / (self.zero_loss - self.loss)
+        """Share of the loss between zeros and the activation that the reconstruction wins back; nan where zeros cost nothing."""
+        won = self.zero_loss - self.loss
+        return (self.zero_loss - self.spliced_loss) / won if won else math.nan
 
 
 @torch.no_grad()
@@ -70,9 +72,10 @@ def evaluate_splice(lm: LanguageModel, source: SAESource, sequences: Iterable[to
         tokens += labels_BS.numel()
     require(tokens > 0, "there is no text to evaluate on: give more of it")
     x = torch.cat(known).double()
+    variance = float((x - x.mean(dim=0)).square().sum())
     return Splice(
-        l0=sums[0] / len(x),
-        fvu=sums[1] / float((x - x.mean(dim=0)).square().sum()),
+        l0=sums[0] / len(x) if len(x) else math.nan,
+        fvu=sums[1] / variance if variance else math.nan,
         loss=losses[0] / tokens,
         spliced_loss=losses[1] / tokens,
         zero_loss=losses[2] / tokens,

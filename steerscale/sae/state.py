@@ -35,8 +35,11 @@ def state_fragments(sae: SparseAutoencoder) -> Iterator[Fragment]:
 
 @torch.no_grad()
 def load_state(sae: SparseAutoencoder, reader: FragmentReader) -> None:
-    """Fill the state beside parameters and moments. Raises CheckpointError where it is not there."""
-    if sae.spec.config.ema:
+    """Fill the state beside parameters and moments. Raises CheckpointError where it is not there.
+
+    Averages begin with the first update: a checkpoint from before it holds none, and they begin then.
+    """
+    if sae.spec.config.ema and (AVERAGE, f"{sae.spec.name}.b_dec") in reader.names:
         sae.averages = {name: parameter.detach().clone() for name, parameter in sae.named_parameters()}
     at, size = sae.context.at, sae.context.layout.tensor
     for kind, shard, tensor in _tensors(sae):

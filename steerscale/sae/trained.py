@@ -45,7 +45,8 @@ def read_trained(
     start, stop, step = (latents or slice(None)).indices(width)
     if step != 1 or start >= stop or (latents is not None and (latents.stop or 0) > width):
         raise ConfigError(f"{name} has latents 0 to {width}: {latents} is no range of them")
-    pieces = _Pieces(reader, name, "average" if config["ema"] else "weight", start, stop)
+    averaged = ("average", f"{name}.b_dec") in reader.names  # there is none before the first update
+    pieces = _Pieces(reader, name, "average" if averaged else "weight", start, stop)
     architecture = config["architecture"]
     bias = "b_gate" if architecture == "gated" else "b_enc"
     tensors: dict[str, Any] = {

@@ -275,8 +275,11 @@ def total_samples(ramp_up: RampUpConfig | None, layout: ParallelLayout, steps: i
     return consumed + (steps - done) * layout.global_batch_size
 
 
-def check_ramp_up(ramp_up: RampUpConfig | None, layout: ParallelLayout) -> None:
-    """Every batch size of the ramp must be one the layout can run. Raises LayoutError or ConfigError otherwise."""
+def check_ramp_up(ramp_up: RampUpConfig | None, layout: ParallelLayout, *, lanes: int = 1) -> None:
+    """Every batch size of the ramp must be one the layout can run, and a multiple of a stream's lanes.
+
+    Raises LayoutError or ConfigError otherwise.
+    """
     if ramp_up is None:
         return
     full = layout.global_batch_size
@@ -293,6 +296,11 @@ def check_ramp_up(ramp_up: RampUpConfig | None, layout: ParallelLayout) -> None:
                 f"train.ramp_up passes a global batch of {size}, which cannot be run: {error}; change train.ramp_up.start "
                 f"or .increment (now {ramp_up.start}, {ramp_up.increment})"
             ) from error
+        if size % lanes:
+            raise LayoutError(
+                f"train.ramp_up passes a global batch of {size}, which is no multiple of stream.lanes={lanes}: change "
+                f"train.ramp_up.start or .increment (now {ramp_up.start}, {ramp_up.increment})"
+            )
 
 
 def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:

@@ -297,6 +297,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         f"{SAE} parallel.micro_batch_size=40",
         ("stream.lanes must divide the global batch", "16 does not divide 40 vectors"),
     ),
+    "SAE, lanes and ramp-up": (
+        f"{SAE} parallel.global_batch_size=256 train.ramp_up={{{{start:64,increment:8,samples:900}}}} parallel.micro_batch_size=8",
+        ("train.ramp_up passes a global batch of 72", "no multiple of stream.lanes=16", ".increment (now 64, 8)"),
+    ),
     "crosscoder over stages": (
         f"{ON_LM} {FAR_APART} sae.crosscoder=true parallel.pipeline=2",
         ("blocks.0.hook_resid_post+blocks.3.hook_resid_post lie on several of the 2 pipeline stages",),

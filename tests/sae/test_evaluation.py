@@ -1,5 +1,6 @@
 """What `evaluate_saes` measures, against a plain transformers model with a hook, and on every layout."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from steerscale.data.config import DataConfig
 from steerscale.data.dataset import SampleStream
 from steerscale.interp.sae_eval import evaluate_saes, held_out
 from steerscale.load import load_gpt
+from steerscale.metrics import read_records
 from steerscale.models.hf.export import export_hf
 from steerscale.parallel.context import initialize, stage_context
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.sae.architectures import ARCHITECTURES
 from steerscale.sae.config import SAEConfig, specs_of
 from steerscale.testing.ranks import RankPool
-from tests.sae.training import MODEL
+from steerscale.train.config import TrainConfig
+from tests.sae.training import MODEL, sae_config, trained
 
 D, SAMPLES, DROP_FIRST = MODEL.d_model, 6, 2
 """Width; sequences; first positions left out."""
@@ -242,3 +245,33 @@ def test_layouts_measure_the_same(weights: Weights, layout: str, pool: RankPool,
         shards = [frequency for found in ranks for frequency in [found[hook][1]] if frequency is not None]
         np.testing.assert_allclose(np.concatenate(shards[: degrees.tensor]), frequencies, rtol=0, atol=1e-12)
         assert 0 < frequencies.max() <= 1
+
+
+def test_what_cannot_be_measured_is_unknown(pool: RankPool, lm: Path, german_data: Path, tmp_path: Path) -> None:
+    """One vector has no variance; with no token left that counts, there is nothing to measure at all. Training goes on."""
+    config = sae_config(lm, german_data, tmp_path / "run", sections={"train": TrainConfig(steps=4, eval_samples=1)})
+    assert config.stream is not None
+    trained(pool, replace(config, stream=replace(config.stream, drop_first=MODEL.seq_len - 1)))
+    (one,) = read_records(tmp_path / "run", "eval")
+    values = {key.rpartition("/")[2]: value for key, value in one.items()}
+    assert values["vectors"] == 1
+    assert values["fvu"] is None
+    assert values["mse"] > 0
+    ((found),) = pool.run(evaluate_nothing, lm, german_data, ranks=1)
+    assert found["vectors"] == 0
+    assert math.isnan(found["l0"])
+    assert math.isnan(found["ce_recovered"])
+    assert found["ce_spliced"] == found["ce_clean"] > 0
+
+
+def evaluate_nothing(lm: Path, data: Path) -> dict[str, float]:
+    """As `evaluate`, where every token is special. For `RankPool.run`."""
+    (hook,) = list(HOOKS)[:1]
+    with initialize(ONE) as context:
+        source = load_source(StreamConfig(lm=str(lm), micro_batch_size=2), [hook], context)
+        text = held_out(StreamConfig(lm=str(lm)), DataConfig(path=str(data)), source, samples=2)
+        assert text is not None
+        (spec,) = specs_of(SAEConfig(hooks=[hook], width=2 * D, k=4), source.widths)
+        saes = {spec.name: ARCHITECTURES["topk"](spec, stage_context(context))}
+        text = replace(text, special_ids=tuple(range(text.samples.vocab_size)))
+        return evaluate_saes([spec], saes, source, text, context)[spec.name].values

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from steerscale.checkpoint.config import CheckpointConfig
 from steerscale.checkpoint.store import checkpoints, find_damage
@@ -14,9 +15,12 @@ from steerscale.engines.config import EngineConfig
 from steerscale.metrics import read_records
 from steerscale.rundir import read_status
 from steerscale.sae.config import VariantConfig
+from steerscale.sae.trained import read_trained
 from steerscale.testing.parity import SAE
 from steerscale.testing.ranks import RankPool
 from steerscale.train.config import RunConfig, TrainConfig
+from steerscale.train.run import run as train_run
+from steerscale.train.signals import StopRequest
 from tests.sae.training import HOOK, Trained, sae_config, trained
 from tests.train.kills import Killer, assert_same_run
 from tests.train.runs import AtStep, Send, Workers, newest, prepare, whole_tensors
@@ -154,6 +158,34 @@ def test_run_goes_on_on_another_layout(
         for kind in ("weight", "average"):
             difference = abs(resumed.tensors[kind, f"{name}.W_dec"] - whole.tensors[kind, f"{name}.W_dec"]).max()
             assert difference <= SAE.parameters * 3e-3 * STEPS
+
+
+class Stopped(StopRequest):
+    """A stop that was asked for before the run began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "SIGTERM"
+
+
+def stop_filling(run_dir: Path) -> None:
+    """A run that ends before its first step. For `RankPool.run`."""
+    train_run(run_dir, rank=0, stop=Stopped(), threads=1)
+
+
+def test_run_stopped_before_its_first_step_goes_on(
+    run: Run, pool: RankPool, lm: Path, german_data: Path, tmp_path: Path
+) -> None:
+    """A checkpoint without averages, which begin with the first update; the SAE in it can be read as well."""
+    _, whole = run(ONE)
+    config = _config(lm, german_data, tmp_path / "run", ONE)
+    pool.run(stop_filling, prepare(config), ranks=1)
+    (checkpoint,) = checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoint.name == "step_00000000"
+    assert read_trained(checkpoint, TOPK).W_dec.norm(dim=1).allclose(torch.ones(128))
+    resumed = trained(pool, config)
+    assert resumed.losses == whole.losses
+    assert all((resumed.tensors[key] == tensor).all() for key, tensor in whole.tensors.items())
 
 
 def test_distributed_optimizer_switched_off_is_bitwise_on_one_process(run: Run) -> None:
