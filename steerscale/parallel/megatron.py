@@ -152,14 +152,18 @@ def gathered_within(world: dist.ProcessGroup | None) -> Iterator[None]:
 def add_in_products(chunks: Iterable[torch.nn.Module]) -> None:
     """Let the tensor-parallel matrices of `chunks`, which DDP has wrapped, add their gradients to `main_grad` where possible.
 
-    A weight that is an embedding as well gets gradients from there, too: it is left alone, as are compiled layers.
+    A weight that is an embedding as well gets gradients from there, too: it is left alone. So are compiled layers: they go
+    through autograd, but for micro-batches of a shape for which torch.compile gives up and runs them as they are, and once
+    products have added to a weight in a step, DDP ignores what autograd has for it.
     """
     megatron_linear.fused_weight_gradient_mlp_cuda = _Extension
     for chunk in chunks:
+        compiled = {part for module in chunk.modules() if module._compiled_call_impl for part in module.modules()}
         for module in chunk.modules():
             if isinstance(module, tensor_parallel.ColumnParallelLinear | tensor_parallel.RowParallelLinear):
                 weight: Any = module.weight
-                module.gradient_accumulation_fusion = weight is not None and can_add(weight.dtype, weight.device)
+                possible = weight is not None and can_add(weight.dtype, weight.device)
+                module.gradient_accumulation_fusion = possible and module not in compiled
 
 
 class _Extension:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,27 @@ def test_products_add_the_gradients_of_matrices(
         tied = MODELS[model].tie_embeddings and parallel.pipeline == 1
         is_head = config.layout().coordinates(rank).pipeline == parallel.pipeline - 1
         assert any("output_layer" in name for name in found) == (is_head and not tied)
+
+
+def step_with_a_shape_too_many(config: RunConfig, compiled: bool) -> float:
+    """Gradient norm of a step whose first micro-batch torch.compile leaves to eager layers."""
+    with task_of(config) as task:
+        first = True
+
+        def forward(micro_batch: MicroBatch, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+            nonlocal first
+            with torch.compiler.set_stance("force_eager" if first else "default"):
+                first = False
+                return task.forward(micro_batch, chunk)
+
+        return task.engine.train_step(batches(task, 0), forward if compiled else task.forward, lr=LR).grad_norm
+
+
+def test_compiled_layers_and_eager_ones_share_a_step(german_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = run_config(german_data, Path("unused"), MODELS["llama"], layout(), engine=EngineConfig())
+    expected = step_with_a_shape_too_many(eager, False)
+    # Traced as ever, but not translated, which would take half a minute.
+    compiling = partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiling)
+    compiled = replace(eager, engine=EngineConfig(compile="blocks"))
+    assert step_with_a_shape_too_many(compiled, True) == pytest.approx(expected, rel=1e-5)
