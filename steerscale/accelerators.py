@@ -163,22 +163,27 @@ def choose_kernels(
     # `torch` stays with the mask, which no kernel's fault can touch: what the others are compared with.
     varlen = documents and fused and on_cuda and wish != "torch" and ("flash" in found or torch_has_varlen())
     leave_to_compiler = compiled and wish == "auto"
+    on_cpu = wish == "auto" and not on_cuda and not half
+    pointwise: Library = "torch"
+    if on_cpu and not compiled and native.pointwise_library() is not None:
+        pointwise = "native"
+    norm = pointwise if on_cpu and model.norm == "rmsnorm" else first("te", "apex", "liger")
     attention: Library = "torch"
     if varlen:
         attention = first("flash")
     elif fused and not documents and not leave_to_compiler:
         attention = first("te")
-    elif wish == "auto" and not on_cuda and not documents and _has_native_attention(model, precision):
+    elif on_cpu and not documents and _has_native_attention(model):
         attention = "native"
     return KernelChoice(
         adam=adam,
-        norm="torch" if leave_to_compiler else first("te", "apex", "liger"),
+        norm="torch" if leave_to_compiler else norm,
         # In 32 bits Transformer Engine multiplies in TF32, asked or not. In 16 bits its products are cuBLAS's as torch's are:
         # auto takes them for fp8 alone.
         linear=first("te") if half and (fp8 or wish == "te") else "torch",
         attention=attention,
         # Megatron-Core compiles torch's gated activation into one kernel already: auto has nothing to gain.
-        activation=None if not model.gated else first("liger") if wish == "liger" else "torch",
+        activation=None if not model.gated else first("liger") if wish == "liger" else pointwise,
         varlen=varlen,
     )
 
@@ -200,8 +205,8 @@ def _usable(wish: Kernels, *, on_cuda: bool) -> set[Library]:
     return there & {wish, "flash"}
 
 
-def _has_native_attention(model: ModelConfig, precision: str) -> bool:
-    fits = precision == "fp32" and not model.attention_dropout and model.head_width % NATIVE_HEAD_WIDTHS == 0
+def _has_native_attention(model: ModelConfig) -> bool:
+    fits = not model.attention_dropout and model.head_width % NATIVE_HEAD_WIDTHS == 0
     return fits and native.attention_library() is not None
 
 

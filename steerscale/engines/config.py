@@ -37,7 +37,7 @@ class EngineConfig:
     kernels: Kernels = "auto"
     """Whose fused kernels AdamW, norms, linear layers, attention and gated activation take on CUDA: torch's, NVIDIA Apex's,
     Transformer Engine's (te) or Liger's, where they have one; auto: by component, the best that is installed. On the CPU:
-    torch's, under auto with attention of our own in fp32 (docs/kernels.md)."""
+    torch's, under auto in fp32 with norms, attention and gated activation of our own (docs/kernels.md)."""
     fp8: Fp8 = "none"
     """8-bit operands in the blocks' linear layers, by Transformer Engine: hybrid (e4m3 forward, e5m2 gradients) or e4m3. Needs
     a GPU with FP8 units (H100, RTX 4090 and later), precision=bf16 and shapes that are multiples of 16."""

@@ -41,6 +41,8 @@ class LayerParts:
     core_attention: Callable[..., torch.nn.Module]
     gated_activation: Callable[[torch.Tensor], torch.Tensor] = swiglu
     """[..., 2 F], the gate first -> [..., F]."""
+    split_heads: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = split_heads
+    """The product of the QKV matrix and a rotation -> queries, keys and values."""
 
 
 class Layer(torch.nn.Module):
@@ -128,6 +130,7 @@ class Attention(torch.nn.Module):
         assert width is not None
         self.groups, self.width = groups // size, width
         self._recompute = config.recompute_granularity == "selective"
+        self._split_heads = parts.split_heads
         self.linear_qkv = _column(
             parts, config, pg_collection, (heads + 2 * groups) * width, name="qkv", bias=config.add_qkv_bias
         )
@@ -147,7 +150,7 @@ class Attention(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         qkv, _ = self.linear_qkv(x_SBM)
         sequence, batch, _ = qkv.shape
-        q_SBHD, k_SBGD, v_SBGD = split_heads(qkv.view(sequence, batch, self.groups, -1, self.width), rotation)
+        q_SBHD, k_SBGD, v_SBGD = self._split_heads(qkv.view(sequence, batch, self.groups, -1, self.width), rotation)
         # Compiled, the attention keeps what its backward pass needs and nothing else, and the compiler decides what to keep.
         if self._recompute and self.training and not torch.compiler.is_compiling():
             out = tensor_parallel.checkpoint(self.core_attention, False, q_SBHD, k_SBGD, v_SBGD, mask)

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from steerscale.accelerators import KernelChoice, Library
+from steerscale.models import cpu_functions, functions
 from steerscale.models.block_config import kernels_of
 from steerscale.models.core_attention import core_attention
-from steerscale.models.functions import rms_norm, swiglu
 from steerscale.models.layer import ColumnLinear, Layer, LayerParts, RowLinear
 from steerscale.parallel.megatron import (
     ModuleSpec,
@@ -54,7 +54,7 @@ Normalization = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, float
 
 @cache  # one function for all layers: torch.compile would take each for another
 def normalization(library: Library | None) -> Normalization:
-    """The function by which `Norm` normalises: torch's, Apex's or Liger's."""
+    """The function by which `Norm` normalises: torch's, Apex's, Liger's or ours."""
     if library == "apex":
         apex = importlib.import_module("apex.normalization.fused_layer_norm")
 
@@ -75,13 +75,14 @@ def normalization(library: Library | None) -> Normalization:
             return layer_norm.apply(x, weight, bias, eps)
 
         return by_liger
-    return _by_torch
+    rms = cpu_functions.rms_norm if library == "native" else functions.rms_norm
 
+    def by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+        if bias is None:
+            return rms(x, weight, eps)
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
 
-def _by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-    if bias is None:
-        return rms_norm(x, weight, eps)
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    return by_torch
 
 
 class TENorm:
@@ -117,12 +118,15 @@ def layer_parts(kernels: KernelChoice) -> LayerParts:
     if kernels.linear == "te":
         te = te_layers()
         column, row = te.TEColumnParallelLinear, te.TERowParallelLinear
+    gated = {"liger": liger_swiglu, "native": lambda: cpu_functions.swiglu}.get(kernels.activation or "torch")
+    ours = "native" in (kernels.norm, kernels.attention, kernels.activation)
     return LayerParts(
         norm=TENorm if kernels.norm == "te" else Norm,
         column=column,
         row=row,
         core_attention=core_attention(kernels),
-        gated_activation=liger_swiglu() if kernels.activation == "liger" else swiglu,
+        gated_activation=functions.swiglu if gated is None else gated(),
+        split_heads=(cpu_functions if ours else functions).split_heads,
     )
 
 

@@ -34,6 +34,13 @@ _ATTENTION_SIGNATURES = {
     "attention_forward": [_POINTER] * 5 + [_FLOAT] + [_POINTER] * 2 + [_INT],
     "attention_backward": [_POINTER] * 6 + [_FLOAT] + [_POINTER] * 5 + [_INT],
 }
+_POINTWISE_SIGNATURES = {
+    "swiglu_forward": [_POINTER] + [_INT64] * 2 + [_POINTER, _INT],
+    "swiglu_backward": [_POINTER] * 2 + [_INT64] * 2 + [_POINTER, _INT],
+    "rms_norm_forward": [_POINTER] * 2 + [_INT64] * 2 + [_FLOAT] + [_POINTER] * 2 + [_INT],
+    "rms_norm_backward": [_POINTER] * 4 + [_INT64] * 2 + [_POINTER] * 2 + [_INT],
+    "rotate_heads": [_POINTER] * 9 + [_INT] * 2,
+}
 _BPE_SIGNATURES = {
     "bpe_train": ([_POINTER] * 4 + [_INT64] + [_POINTER] * 2 + [_INT64, _POINTER, _INT64, _INT64], _POINTER),
     "bpe_num_merges": ([_POINTER], _INT64),
@@ -70,6 +77,17 @@ def attention_library() -> ctypes.CDLL | None:
     )
 
 
+@functools.cache
+def pointwise_library() -> ctypes.CDLL | None:
+    """The kernels of `pointwise.cpp`, likewise, and as `attention_library` after torch."""
+    return _load(
+        SOURCE.with_name("pointwise.cpp"),
+        {name: (arguments, None) for name, arguments in _POINTWISE_SIGNATURES.items()},
+        flags=("-fopenmp",),
+        without="norms and activation functions for the CPU, torch's operations are used instead (three times slower)",
+    )
+
+
 def _load(
     source: Path, signatures: dict[str, tuple[list[Any], Any]], *, without: str, flags: tuple[str, ...] = ()
 ) -> ctypes.CDLL | None:
@@ -89,7 +107,8 @@ def _compiled(source: Path, flags: tuple[str, ...]) -> Path:
     if compiler is None:
         raise FileNotFoundError("there is no C++ compiler (c++, g++, clang++)")
     # -march=native binds the result to this processor; a home directory may be shared by different ones.
-    identity = [source.read_text(), compiler, *flags, platform.machine(), _processor_flags()]
+    texts = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
+    identity = [*texts, compiler, *flags, platform.machine(), _processor_flags()]
     name = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steerscale"
     target = cache / f"{source.stem}-{name}.so"

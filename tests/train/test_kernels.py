@@ -43,13 +43,17 @@ def test_deepspeed_has_torchs_kernels() -> None:
 
 
 @pytest.mark.parametrize("name", ["megatron", "deepspeed"])
-def test_attention_on_the_cpu_is_ours_for_both_engines(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "attention_library", lambda: "compiled")
+def test_kernels_on_the_cpu_are_ours_for_both_engines(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in ("attention_library", "pointwise_library"):
+        monkeypatch.setattr(native, library, lambda: "compiled")
     wide = replace(LLAMA, d_head=16)
-    assert run_kernels(config(EngineConfig(name=name), model=wide), on_cuda=False) == replace(TORCH, attention="native")
+    ours = replace(TORCH, norm="native", attention="native", activation="native")
+    assert run_kernels(config(EngineConfig(name=name), model=wide), on_cuda=False) == ours
+    compiled = EngineConfig(name=name, compile="blocks")
+    assert run_kernels(config(compiled, model=wide), on_cuda=False) == replace(TORCH, attention="native")
     assert run_kernels(config(EngineConfig(name=name, kernels="torch"), model=wide), on_cuda=False) == TORCH
     table = kernel_report(config(EngineConfig(name=name), model=wide), on_cuda=False).splitlines()
-    assert table[2].split() == ["steerscale", "compiled", "attention"]
+    assert table[2].split() == ["steerscale", "compiled", "norms,", "attention,", "gated", "activation"]
 
 
 def test_the_report_of_a_run_on_the_cpu() -> None:
