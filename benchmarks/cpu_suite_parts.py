@@ -155,9 +155,9 @@ def _scaling_fit(result: Result) -> Iterator[Row]:
     yield Row("seconds of a fit; finite differences", ours, theirs, result["ratio"])
 
 
-def _cpu_attention(result: Result) -> Iterator[Row]:
-    for name, shape in result["shapes"].items():
-        yield Row(f"ms forward and backward, {name}; torch", shape["ours_ms"], shape["torch_ms"], shape["ratio"])
+def _cpu_kernels(result: Result) -> Iterator[Row]:
+    for name, case in result["cases"].items():
+        yield Row(f"ms forward and backward, {name}; torch", case["ours_ms"], case["torch_ms"], case["ratio"])
 
 
 def _weak_scaling(result: Result) -> Iterator[Row]:
@@ -172,7 +172,7 @@ PARTS = {
     for part in (
         Part("planner_accuracy", (), 4, _planner_accuracy, threads=1, quick=()),
         Part("scaling_fit", (), 8, _scaling_fit, threads=1, quick=()),
-        Part("cpu_attention", (), 10, _cpu_attention, quick=()),
+        Part("cpu_kernels", (), 15, _cpu_kernels, quick=()),
         Part("gpt_overhead", ("--sizes", "50m", "--rounds", "3", "--no-profile"), 80, _gpt_overhead),
         Part("gpt_cpu", ("--sizes", "50m-llama", "--rounds", "3"), 330, _gpt_cpu),
         Part("sae_step", ("--widths", "768", "--rounds", "3"), 60, _sae_step),
