@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerscale.errors import ConfigError, SteerscaleError
+from steerscale.html_page import write_whole
 
 if TYPE_CHECKING:
     from steerscale.dashboard.runs import BrokenRun, Run
 
 FORMATS = ("table", "html", "csv", "md", "png")
+LONGEST_REFRESH = 86_400
+"""Seconds; a browser's timer of more than 24 days would not wait at all."""
 QUIET_SECONDS = 1.0
 """Reading that takes no longer says nothing."""
 
@@ -44,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     form, output = _format(args), args.output
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"-o {output}: {output.parent} is no directory; create it first")
+    if output is not None and output.exists() and not output.is_file():
+        raise ConfigError(f"-o {output} is no regular file; a table, csv and md go to standard output without -o")
     if output is None:
         print(_make(form, args))
         return
@@ -53,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         elif form == "png":
             _write_png(args)
         else:
-            output.write_text(_make(form, args) + "\n", encoding="utf-8")
+            write_whole(output, _make(form, args) + "\n")
     except OSError as error:
         raise SteerscaleError(f"{output} cannot be written: {error}") from error
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB", file=sys.stderr)
@@ -75,13 +80,19 @@ def _make(form: str, args: argparse.Namespace) -> str:
     runs, broken = _read(args.runs)
     if form == "csv":
         _complain(broken)
-        return table.format_csv(runs).rstrip("\n")
-    if form == "md":
-        return table.format_markdown(runs, broken)
-    text = table.format_table(runs, broken)
-    if len(runs) == 1 and runs[0].evaluations:
-        text += "\n\n" + table.format_evaluations(runs[0])
-    return text
+        text = table.format_csv(runs).rstrip("\n")
+    elif form == "md":
+        text = table.format_markdown(runs, broken)
+    else:
+        text = table.format_table(runs, broken)
+        if len(runs) == 1 and runs[0].evaluations:
+            text += "\n\n" + table.format_evaluations(runs[0])
+    return _encodable(text)
+
+
+def _encodable(text: str) -> str:
+    """Text that can be written: the name of a directory need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _write_png(args: argparse.Namespace) -> None:
@@ -96,7 +107,7 @@ def _write_png(args: argparse.Namespace) -> None:
 
 def _complain(broken: "list[BrokenRun]") -> None:
     for entry in broken:
-        print(f"not read: {entry.path}: {entry.reason}", file=sys.stderr)
+        print(_encodable(f"not read: {entry.path}: {entry.reason}"), file=sys.stderr)
 
 
 def _write_html(args: argparse.Namespace) -> None:
@@ -120,8 +131,10 @@ def _serve(args: argparse.Namespace) -> None:
 
     if args.output is not None or args.format is not None:
         raise ConfigError("--serve writes no file: leave out -o and --format")
-    if args.refresh <= 0:
-        raise ConfigError(f"--refresh must be positive, got {args.refresh}")
+    if not 0 < args.refresh <= LONGEST_REFRESH:
+        raise ConfigError(f"--refresh must be positive and at most {LONGEST_REFRESH} seconds, got {args.refresh:g}")
+    if not 0 <= args.port < 2**16:
+        raise ConfigError(f"--port must be between 0 and {2**16 - 1}, got {args.port}")
     find_directories(args.runs)  # a misspelt path is an error now, not an empty page
     runs = LiveRuns(args.runs)
     with make_server(runs, port=args.port, refresh_s=args.refresh) as server:

@@ -118,9 +118,8 @@ def _value(record: dict[str, Any], name: str) -> float | None:
 
 
 def _skip_text(record: dict[str, Any]) -> str:
-    if "first_sample" not in record:
-        return "not applied"
-    return f"samples {record['first_sample']} to {record['end_sample'] - 1} not applied"
+    first, end = record.get("first_sample"), record.get("end_sample")
+    return "not applied" if first is None or end is None else f"samples {first} to {end - 1} not applied"
 
 
 def _limited(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -108,8 +108,9 @@ def page(data: dict[str, Any] | None, *, refresh_s: float | None = None) -> str:
 
 def embed(value: Any) -> str:
     """JSON that cannot end the script element it stands in."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
+    # ASCII: the name of a directory need not be UTF-8, and what Python makes of it then cannot be encoded.
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 

@@ -1,7 +1,7 @@
 """What a run directory says about a run, in the figures people compare. Torch-free."""
 
-import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +113,8 @@ NUMBERS = (
     *("memory_peak_gib_max", "data_seconds_max", "first_sample", "end_sample"),
 )
 """What figures are computed from: a number or nothing, in any record that has it."""
+LARGEST = sys.float_info.max
+"""Neither NaN nor infinity nor a whole number that no float holds is below it."""
 
 
 def _checked(path: Path, records: list[Any]) -> list[dict[str, Any]]:
@@ -120,22 +122,27 @@ def _checked(path: Path, records: list[Any]) -> list[dict[str, Any]]:
         if not isinstance(record, dict) or not isinstance(record.get("kind"), str) or "step" not in record:
             raise SteerscaleError(f"{path / 'metrics.jsonl'} holds something else than records: entry {number}")
         steps = record.get("step_seconds") or []
+        if type(record["step"]) is not int:
+            raise SteerscaleError(
+                f"{path / 'metrics.jsonl'}, entry {number}: step must be a whole number, got {record['step']!r}"
+            )
         values = {"step": [record["step"]], "step_seconds": steps if isinstance(steps, list) else [steps]}
         values.update({key: [record[key]] for key in NUMBERS if record.get(key) is not None})
         for key, entries in values.items():
-            if not all(type(entry) in (int, float) and math.isfinite(entry) for entry in entries):
+            if not all(type(entry) in (int, float) and abs(entry) <= LARGEST for entry in entries):
                 raise SteerscaleError(
                     f"{path / 'metrics.jsonl'}, entry {number}: {key} must be a finite number, got {record[key]!r}"
                 )
     return records
 
 
-def find_directories(paths: Sequence[Path]) -> list[Path]:
-    """The run directories at `paths` and below them, each once. Raises SteerscaleError if a path has none."""
+def find_directories(paths: Sequence[Path], *, none_is_fine: bool = False) -> list[Path]:
+    """The run directories at `paths` and below them, each once. Raises SteerscaleError if a path has none, unless
+    `none_is_fine`."""
     found: dict[Path, Path] = {}
     for path in paths:
         directories = [path] if (path / CONFIG).is_file() else sorted(_below(path))
-        if not directories:
+        if not directories and not none_is_fine:
             raise SteerscaleError(f"{path} is no run directory and holds none: expected a {CONFIG} there or below")
         for directory in directories:
             found.setdefault(directory.resolve(), directory)
@@ -193,7 +200,10 @@ def run_engine(config: dict[str, Any]) -> EngineConfig | None:
 
 
 def predicted_memory_gib(config: dict[str, Any]) -> float | None:
-    """Memory of the fullest rank as `planning.memory` predicts it; None where the configuration is no GPT's it knows."""
+    """Memory of the fullest rank as `planning.memory` predicts it; None where the configuration is no GPT's it knows, or the
+    model is frozen and SAEs are trained."""
+    if config.get("sae") is not None:
+        return None
     layout, engine = run_layout(config), run_engine(config)
     try:
         model = from_mapping(ModelConfig, config.get("model") or {})

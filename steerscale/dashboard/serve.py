@@ -6,10 +6,12 @@ Runs are read again only when their files changed; the page asks every few secon
 import hashlib
 import http.server
 import logging
+import sys
 import threading
 from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from steerscale.dashboard.report import Entry, embed, entry_of, page, page_data, points_for
@@ -25,6 +27,13 @@ FILES = (CONFIG, STATUS, "metrics.jsonl")
 Stamp = tuple[tuple[int, int], ...]
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A tab that is closed while it loads is no news."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class LiveRuns:
     """Condensed runs, kept up to date."""
 
@@ -37,7 +46,7 @@ class LiveRuns:
     def update(self, progress: Progress = lambda done, total: None) -> tuple[str, bytes]:
         """Read what changed; (tag, JSON of the page's data). The tag changes with the runs."""
         with self._lock:
-            directories = self._directories()
+            directories = find_directories(self._paths, none_is_fine=True)  # deleted meanwhile, all of them perhaps
             points = points_for(len(directories))
             known: dict[Path, tuple[Stamp, int, Entry | BrokenRun]] = {}
             for index, directory in enumerate(directories):
@@ -60,12 +69,6 @@ class LiveRuns:
                 )
                 self._tag, self._text = tag, embed(data).encode()
             return self._tag, self._text
-
-    def _directories(self) -> list[Path]:
-        try:
-            return find_directories(self._paths)
-        except SteerscaleError:  # all of them were deleted meanwhile: an empty page, not an end
-            return []
 
 
 def _stamp(directory: Path) -> Stamp:
@@ -93,8 +96,8 @@ def make_server(runs: LiveRuns, *, port: int, refresh_s: float) -> http.server.T
         def do_GET(self) -> None:
             """Answer one request."""
             # A page of another site may point its own name at 127.0.0.1 and read along; its name gives it away.
-            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-            if host not in (LOOPBACK, "localhost"):
+            host = self.headers.get("Host", "").split(":")[0]
+            if host.lower() not in (LOOPBACK, "localhost"):
                 self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"open this page as http://127.0.0.1:PORT/")
                 return
             target = urlsplit(self.path).path
@@ -125,7 +128,7 @@ def make_server(runs: LiveRuns, *, port: int, refresh_s: float) -> http.server.T
             logger.debug(format, *args)
 
     try:
-        return http.server.ThreadingHTTPServer((LOOPBACK, port), Handler)
+        return _Server((LOOPBACK, port), Handler)
     except OSError as error:
         raise SteerscaleError(
             f"--port {port} on {LOOPBACK} cannot be used: {error}; choose another, 0 for a free one"

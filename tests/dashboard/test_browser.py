@@ -38,7 +38,9 @@ def report(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = directory / "runs" / "hostile"
     shutil.copytree(find_directories([runs])[0], run)
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    (run / "config.yaml").write_text(yaml.safe_dump({**config, "name": HOSTILE}), encoding="utf-8")
+    (run / "config.yaml").write_text(
+        yaml.safe_dump({**config, "name": HOSTILE, "tags": ["a b", "c"]}), encoding="utf-8"
+    )
     (directory / "runs" / "broken").mkdir()
     (directory / "runs" / "broken" / "config.yaml").write_text("a: [", encoding="utf-8")
     assert main(["dashboard", str(directory / "runs"), "-o", str(directory / "report.html")]) == 0
@@ -180,6 +182,10 @@ def test_heat_map_cells_filter_and_show_the_chosen_figure(page: Page) -> None:
     expect(rows(page)).to_have_count(25)
     page.select_option("#heat-x", "engine.recompute")
     expect(page.locator(".heat[data-axes='engine.recompute tp'] thead")).to_contain_text("selective")
+    page.select_option("#heat-x", "tags")  # a list, written with quotes and blanks
+    page.locator(".heat[data-axes='tags tp'] button").click()
+    expect(rows(page)).to_have_count(1)
+    expect(page.locator(".heat[data-axes='tags tp'] button[aria-pressed=true]")).to_have_count(1)
 
 
 def test_engines_are_told_apart_everywhere(browser: Browser, engines: Path, tmp_path: Path) -> None:

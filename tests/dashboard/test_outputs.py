@@ -4,6 +4,7 @@ import base64
 import csv
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -180,3 +181,41 @@ def test_values_that_json_does_not_know_are_text(runs: Path, tmp_path: Path) -> 
 def test_page_of_no_readable_run_is_a_page() -> None:
     data = page_data([])
     assert (data["runs"], data["common"], data["peaks"]) == ([], {}, [])
+
+
+def test_a_directory_whose_name_is_no_utf8_stands_in_every_form(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(find_directories([runs])[0], tmp_path / os.fsdecode(b"M\xfcller"))
+    (tmp_path / os.fsdecode(b"\xff")).mkdir()
+    (tmp_path / os.fsdecode(b"\xff") / "config.yaml").write_text("a: [", encoding="utf-8")
+    for name in ("runs.csv", "runs.md", "runs.html"):
+        assert main(["dashboard", str(tmp_path), "-o", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).read_text(encoding="utf-8")
+    assert main(["dashboard", str(tmp_path)]) == 0
+    assert r"\udcff: " in capsys.readouterr().out
+    (run,) = data_of(tmp_path / "runs.html")["runs"]
+    assert run["path"].endswith("M\udcfcller")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--refresh", "nan"], "--refresh must be positive and at most 86400 seconds, got nan"),
+        (["--refresh", "1e7"], "--refresh must be"),
+        (["--port", "65536"], "--port must be between 0 and 65535, got 65536"),
+        (["--port", "-1"], "--port must be"),
+    ],
+)
+def test_what_cannot_be_served_is_said(
+    options: list[str], message: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["dashboard", str(runs), "--serve", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_no_file_is_not_replaced_by_one(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "report.html")
+    assert main(["dashboard", str(runs), "-o", str(tmp_path / "report.html")]) == 2
+    assert "is no regular file" in capsys.readouterr().err
+    assert (tmp_path / "report.html").is_fifo()

@@ -156,5 +156,21 @@ def test_configuration_of_another_version_is_shown_without_what_cannot_be_comput
     assert figures["model_tflops_per_gpu"] is not None
 
 
+def test_a_step_is_a_whole_number_that_a_float_holds(runs: Path, tmp_path: Path) -> None:
+    for name, step in (("half", "1.5"), ("true", "true"), ("huge", "9" * 400)):
+        shutil.copytree(find_directories([runs])[0], tmp_path / name)
+        with (tmp_path / name / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(f'{{"kind": "train", "step": {step}}}\n')
+        with pytest.raises(SteerscaleError, match="step must be a "):
+            read_run(tmp_path / name)
+
+
+def test_memory_is_not_predicted_as_if_a_frozen_model_were_trained(real_run: Path) -> None:
+    run = read_run(real_run)
+    assert figures_of(run)["memory_predicted_gib"] is not None
+    trains_saes = replace(run, config={**run.config, "sae": {"architecture": "topk"}})
+    assert figures_of(trains_saes)["memory_predicted_gib"] is None
+
+
 def test_flatten_joins_keys_and_keeps_lists() -> None:
     assert flatten({"a": {"b": 1, "c": {}}, "d": [1, {"e": 2}]}) == {"a.b": 1, "a.c": {}, "d": [1, {"e": 2}]}

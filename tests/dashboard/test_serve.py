@@ -4,6 +4,7 @@ import http.client
 import json
 import shutil
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +99,26 @@ def test_other_names_for_this_address_are_refused(port: int) -> None:
     """A page elsewhere that points its name at 127.0.0.1 would otherwise read along."""
     assert get(port, "/data.json", Host=f"attacker.example:{port}")[0] == 403
     assert get(port, "/data.json", Host="localhost:9999")[0] == 200
+
+
+def test_a_host_that_is_none_is_refused_and_a_closed_tab_is_no_news(
+    port: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert get(port, "/data.json", Host="[")[0] == 403
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", port)) as tab:
+            tab.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
+            tab.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            tab.recv(1)
+    assert get(port, "/data.json")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_path_without_runs_hides_none_of_another(live: Path) -> None:
+    gone, *others = sorted(live.iterdir())
+    server = LiveRuns([gone, *others])
+    shutil.rmtree(gone)
+    assert len(json.loads(server.update()[1])["runs"]) == len(others)
 
 
 def test_server_is_bound_to_loopback_and_a_taken_port_is_an_error(live: Path, port: int) -> None:

@@ -81,7 +81,8 @@ const sharesStart = (one, other) => one.slice(0, 4) === other.slice(0, 4);
 
 function compare(value, operator, wanted) {
   if (value === undefined) return operator === "!=";
-  const text = value === null ? "null" : typeof value === "object" ? JSON.stringify(value) : String(value);
+  // Without quotes on either side: in a term they hold blanks together, and a list is written with them.
+  const text = unquoted(value === null ? "null" : typeof value === "object" ? JSON.stringify(value) : String(value));
   if (operator === "~") return text.toLowerCase().includes(wanted.toLowerCase());
   const number = wanted.endsWith("%") ? Number(wanted.slice(0, -1)) / 100 : Number(wanted);
   const numeric = typeof value === "number" && wanted !== "" && !Number.isNaN(number);

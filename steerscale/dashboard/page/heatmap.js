@@ -63,7 +63,7 @@ function cell(x, y, right, down, runs, metric, value, share) {
   return button;
 }
 
-const term = (key, value) => `${key}=${/[\s"]/.test(String(value)) ? `"${value}"` : value}`;
+const term = (key, value) => `${key}=${/[\s"]/.test(String(value)) ? `"${unquoted(String(value))}"` : value}`;
 
 function toggleTerms(terms, on) {
   const keys = terms.map((one) => `${one.split("=")[0]}=`);
