@@ -199,7 +199,7 @@ def read_records(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]
             record = json.loads(line)
         except ValueError:
             continue
-        if kind is None or record.get("kind") == kind:
+        if kind is None or (isinstance(record, dict) and record.get("kind") == kind):
             records.append(record)
     return records
 

@@ -89,6 +89,8 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--{key.replace('_', '-')} is missing: steerscale plan needs it, see steerscale plan --help"
             )
+    if args.top < 0:
+        raise ConfigError(f"--top must not be negative, got {args.top}")
     from steerscale.engines.config import EngineConfig
     from steerscale.planning.layouts import plan_layouts
     from steerscale.planning.report import format_plan

@@ -41,18 +41,18 @@ class Calibration:
     machine: Machine
     fitted: list[str]
     """The constants that were changed."""
-    errors: dict[str, float]
-    """Predicted over measured time - 1, by run."""
+    errors: list[float]
+    """Predicted over measured time - 1, of each run."""
 
     @property
     def mean_error(self) -> float:
         """Mean of the absolute errors."""
-        return statistics.fmean(map(abs, self.errors.values()))
+        return statistics.fmean(map(abs, self.errors))
 
     @property
     def largest_error(self) -> float:
         """The largest absolute error."""
-        return max(map(abs, self.errors.values()))
+        return max(map(abs, self.errors))
 
 
 def calibrate(machine: Machine, runs: Sequence[Measurement], *, constants: Sequence[str] | None = None) -> Calibration:
@@ -69,7 +69,7 @@ def calibrate(machine: Machine, runs: Sequence[Measurement], *, constants: Seque
     start = {name: max(getattr(machine.efficiency, name), SMALLEST_SECONDS) for name in names}
 
     def loss(values: dict[str, float]) -> float:
-        errors = _errors(_with(machine, values), runs).values()
+        errors = _errors(_with(machine, values), runs)
         distance = sum(math.log(values[name] / start[name]) ** 2 for name in names if not name.endswith("_seconds"))
         return sum(math.log1p(error) ** 2 for error in errors) + PRIOR * distance
 
@@ -88,8 +88,8 @@ def predicted_memory_gib(run: Measurement) -> float:
     return plan_one(run.task, run.layout, run.task.engine).fit.memory.total_gib
 
 
-def _errors(machine: Machine, runs: Sequence[Measurement]) -> dict[str, float]:
-    return {run.name: predicted_seconds(machine, run) / run.seconds - 1 for run in runs}
+def _errors(machine: Machine, runs: Sequence[Measurement]) -> list[float]:
+    return [predicted_seconds(machine, run) / run.seconds - 1 for run in runs]
 
 
 def _with(machine: Machine, values: dict[str, float]) -> Machine:

@@ -20,8 +20,7 @@ def format_plan(task: Task, planned: Planned, *, top: int, rejected: bool, assum
         lines += [f"and {hidden:,} more that fit: --top {len(planned.plans)}"] if hidden > 0 else []
         lines += ["", *_best(planned.plans[0])]
     else:
-        lines += ["nothing fits: more GPUs, larger ones, or a smaller model, sequence or micro-batch"]
-        lines += _nearest(planned)
+        lines += _nothing(planned)
     lines += ["", f"rejected   {len(planned.rejections):,}"]
     lines += [f"  {count:>6,}  {reason}" for reason, count in planned.reasons().items()]
     if rejected:
@@ -101,9 +100,12 @@ def _best(plan: Plan) -> list[str]:
     ]
 
 
-def _nearest(planned: Planned) -> list[str]:
+def _nothing(planned: Planned) -> list[str]:
     over = [entry for entry in planned.rejections if "GiB over" in entry.text]
     if not over:
-        return []
+        return ["no layout is possible, whatever memory there is: another number of GPUs or sequences, or fewer limits"]
     nearest = min(over, key=lambda entry: float(entry.text.split(" ")[0].replace(",", "")))
-    return [f"nearest    {nearest.what}: {nearest.text}"]
+    return [
+        "nothing fits: more GPUs, larger ones, or a smaller model, sequence or micro-batch",
+        f"nearest    {nearest.what}: {nearest.text}",
+    ]

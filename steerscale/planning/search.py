@@ -1,5 +1,6 @@
 """What may be run: every layout and engine setting of a task that model, batch and engine allow, and why others do not."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -27,6 +28,18 @@ class Search:
     recompute: Sequence[Recompute] | None = None
     zero: Sequence[int] | None = None
     """ZeRO stages: Megatron-Core has 0 and 1, DeepSpeed 0 to 3."""
+
+    def __post_init__(self) -> None:
+        options = {
+            "tp": self.tensor,
+            "pp": self.pipeline,
+            "vpp": self.virtual_pipeline,
+            "mbs": self.micro_batch_size,
+            "gas": self.gradient_accumulation_steps,
+        }
+        for option, values in options.items():
+            for value in values or ():
+                require(value >= 1, f"--{option} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +172,9 @@ def _sequence(
             reason = "the sequence is not divisible by TP"
             if _fits_model(task, split, f"TP{layout.tensor}+SP", reason, rejections):
                 yield replace(layout, sequence=True)
+        elif search.sequence is not None and False not in search.sequence:
+            text = "sequence parallelism splits along the tensor group: --sequence off, or --tp 2"
+            rejections.append(Rejection(what="TP1+SP", reason="sequence parallelism needs TP > 1", text=text))
 
 
 def _fits_model(task: Task, layout: ParallelLayout, what: str, reason: str, rejections: list[Rejection]) -> bool:
@@ -193,4 +209,5 @@ def _engines(
 
 
 def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from steerscale.cli import main
+from steerscale.cli.calibration import read_measurement, this_cpu
 from steerscale.config import from_mapping
 from steerscale.metrics import Recorder
 from steerscale.rundir import create_run_dir
@@ -184,6 +185,82 @@ def test_calibrate_writes_a_file_that_plans_use(
     limits = ["--mbs", "2", "--recompute", "none"]
     found = answer(capsys, *case, *limits, "--calibration", "mine.yaml")
     assert found["plans"][0]["seconds_per_iteration"] == pytest.approx(8.0, rel=0.15)
+
+
+def test_runs_of_one_name_are_calibrated_each(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for directory, seconds in (("slow", 8.0), ("fast", 4.0)):
+        (tmp_path / directory).mkdir()
+        make_run(tmp_path / directory / "run", data=1, micro_batch_size=2, seconds=seconds)
+    assert main(["plan", "--calibrate", "slow/run", "fast/run", "-o", "mine.yaml"]) == 0
+    errors = [line.split()[2] for line in capsys.readouterr().out.splitlines() if "/run: TP1" in line]
+    assert [error[0] for error in errors] == ["-", "+"]  # one prediction, between the two
+    fitted = yaml.safe_load((tmp_path / "mine.yaml").read_text(encoding="utf-8"))["fitted"]
+    assert fitted["runs"] == ["slow/run", "fast/run"]
+
+
+def test_calibration_takes_the_layout_of_the_last_start(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", data=1, micro_batch_size=2, seconds=8.0)
+    recorder = Recorder(tmp_path / "run", writes=True, tensorboard=False, step=30)
+    recorder.write("start", 30, {"layout": "TP1 PP1 DP1 MBS2 GAS8"})
+    recorder.write("train", 40, {"seconds_per_step": 2.0, "global_batch_size": 16})
+    recorder.close()
+    measured = read_measurement(tmp_path / "run", this_cpu())
+    assert measured is not None
+    assert measured.seconds == 2.0
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ('{"kind": "train", "step": 40, "seconds_per_step": NaN}', "seconds_per_step must be a finite number"),
+        ("12", "holds something else than records"),
+    ],
+)
+def test_calibration_names_records_that_are_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, record: str, message: str
+) -> None:
+    make_run(tmp_path / "run", data=1, micro_batch_size=2, seconds=8.0)
+    with (tmp_path / "run" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(record + "\n")
+    assert message in refusal(capsys, "plan", "--calibrate", str(tmp_path / "run"), "-o", str(tmp_path / "mine.yaml"))
+
+
+def test_calibration_needs_a_place_to_write(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    make_run(tmp_path / "run", data=1, micro_batch_size=2, seconds=8.0)
+    calibrate = ["plan", "--calibrate", str(tmp_path / "run"), "-o"]
+    assert "is no directory; create it first" in refusal(capsys, *calibrate, str(tmp_path / "none" / "mine.yaml"))
+    assert "cannot be written" in refusal(capsys, *calibrate, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tp", "0"], "--tp must be at least 1, got 0"),
+        (["--pp", "2,-1"], "--pp must be at least 1, got -1"),
+        (["--gas", "0"], "--gas must be at least 1, got 0"),
+        (["--top", "-1"], "--top must not be negative, got -1"),
+    ],
+)
+def test_plan_refuses_degrees_that_are_none(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert message in refusal(capsys, *CASE, *options)
+
+
+@pytest.mark.parametrize("options", [["--gpus", "13"], ["--sequence", "on", "--tp", "1"]])
+def test_plan_blames_memory_only_where_memory_is_short(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    assert main([*CASE, *options]) == 0
+    text = capsys.readouterr().out
+    assert "no layout is possible, whatever memory there is" in text
+    assert "nothing fits" not in text
+    assert ("sequence parallelism needs TP > 1" in text) == ("--sequence" in options)
+
+
+def test_plan_of_many_gpus_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(capsys, *CASE, "--gpus", "1000000007")["plans"] == []  # a prime
 
 
 def test_plan_is_quick_to_start() -> None:
