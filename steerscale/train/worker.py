@@ -64,7 +64,11 @@ def run_alone(run_dir: Path, *, threads: int) -> int:
     path = log_path(run_dir, 0)
     path.parent.mkdir(exist_ok=True)
     with stop.interactive(), path.open("a", encoding="utf-8") as log, _logging_to(log, sys.stdout, rank=0):
-        return _run(run_dir, rank=0, stop=stop, threads=threads)
+        try:
+            return _run(run_dir, rank=0, stop=stop, threads=threads)
+        finally:
+            # This process goes on, and ends as others do: libraries (triton) take what is never collected for their leaks.
+            gc.unfreeze()
 
 
 def _set_cuda_environment() -> None:
