@@ -36,7 +36,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend.no_padding()
         self._model, self._settings = model, settings
         self.hash = hashlib.sha256(model).hexdigest()
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id, self.pad_id = self._named("bos_token"), self._named("pad_token")
         eos_id = self._named("eos_token")
         if eos_id is None:
@@ -52,12 +52,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def load(cls, directory: Path) -> "HuggingFaceTokenizer":
         """Load `tokenizer.json`, or what `transformers` converts to one. Raises DataError if there is neither."""
         if (directory / MODEL).is_file():
-            settings = directory / SETTINGS
-            values = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-            template = directory / CHAT_TEMPLATE
-            if template.is_file():
-                values["chat_template"] = template.read_text(encoding="utf-8")
-            return cls((directory / MODEL).read_bytes(), values, origin=str(directory))
+            return cls((directory / MODEL).read_bytes(), _settings(directory), origin=str(directory))
         return cls(*_converted(directory), origin=str(directory))
 
     def encode(self, text: str) -> list[int]:
@@ -90,7 +85,20 @@ class HuggingFaceTokenizer(Tokenizer):
         # Written as "</s>" or as {"content": "</s>", ...}.
         token = self._settings.get(role)
         text = token.get("content") if isinstance(token, dict) else token
-        return None if text is None else self._backend.token_to_id(text)
+        return self._backend.token_to_id(text) if isinstance(text, str) else None
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    settings, template = directory / SETTINGS, directory / CHAT_TEMPLATE
+    try:
+        values = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        if not isinstance(values, dict):
+            raise DataError(f"{settings} holds no JSON object: copy the tokenizer again")
+        if template.is_file():
+            values["chat_template"] = template.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{directory}: {SETTINGS} or {CHAT_TEMPLATE} cannot be read: {error}") from error
+    return values
 
 
 def _chat_template(settings: dict[str, Any]) -> str | None:

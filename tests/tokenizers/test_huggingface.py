@@ -60,6 +60,27 @@ def test_missing_end_token_is_an_error(directory):
         load_tokenizer(directory)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (b"{", "tokenizer_config.json or chat_template.jinja cannot be read"),
+        (b"\xff\xfe", "tokenizer_config.json or chat_template.jinja cannot be read"),
+        (b"[1]", "tokenizer_config.json holds no JSON object"),
+        (b'{"eos_token": [1]}', "has no end-of-text token"),
+    ],
+)
+def test_damaged_settings_are_an_error(directory, settings, message):
+    (directory / "tokenizer_config.json").write_bytes(settings)
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(directory)
+
+
+def test_empty_vocabulary_is_an_error(directory):
+    tokenizers.Tokenizer(models.BPE()).save(str(directory / "tokenizer.json"))
+    with pytest.raises(DataError, match="has no end-of-text token"):
+        load_tokenizer(directory)
+
+
 def test_damaged_file_is_an_error(directory):
     (directory / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer.json cannot be read"):
