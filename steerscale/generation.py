@@ -116,7 +116,14 @@ def next_tokens(
                 keeping.close()  # positions move on from here: nothing that was kept stays true
                 kept = None
             logits_BV = _last_logits(lm, texts, kept, functions, first=step == 0)
-            tokens = lm.tell(None if logits_BV is None else choice.draw(logits_BV, texts))
+            # Nothing can be drawn from what is no number; all ranks are told, so that all of them end.
+            whole = logits_BV is not None and bool(logits_BV.isfinite().all())
+            drawn = choice.draw(logits_BV, texts) if logits_BV is not None and whole else []
+            tokens = lm.tell(None if logits_BV is None else drawn)
+            require(
+                bool(tokens),
+                "the model's logits are not finite: what changes it is too strong, or its weights are damaged",
+            )
             for text, token in zip(texts, tokens):
                 text.append(token)
             yield tokens
@@ -165,13 +172,16 @@ class _Text:
         self._tokenizer, self._stop = lm.tokenizer, [string for string in stop if string]
         # Decoded together with the prompt's end: a tokenizer drops the space before a text's first word.
         self._tokens = list(prompt[-_CONTEXT:])
-        self._begin = len(self._tokenizer.decode(self._tokens).rstrip(_INCOMPLETE))
+        self._prompt = self._tokenizer.decode(self._tokens)
         self._text, self._taken = "", 0
 
     def add(self, token: int) -> bool:
         """Returns whether the text now ends."""
         self._tokens.append(token)
-        self._text = self._tokenizer.decode(self._tokens)[self._begin :]
+        text = self._tokenizer.decode(self._tokens)
+        # The prompt may end within a character, which is then the new text's; or with what stands for damaged ones itself.
+        known = self._prompt if text.startswith(self._prompt) else self._prompt.rstrip(_INCOMPLETE)
+        self._text = text[len(known) :]
         found = [at for at in (self._text.find(string) for string in self._stop) if at >= 0]
         if found:
             self._text = self._text[: min(found)]

@@ -16,7 +16,7 @@ from steerscale.activations.config import StreamConfig
 from steerscale.activations.loading import load_source
 from steerscale.activations.shape import find_kind
 from steerscale.activations.source import GPTSource, check_source_layout
-from steerscale.errors import ConfigError
+from steerscale.errors import ConfigError, DataError
 from steerscale.load import run_tokenizer
 from steerscale.models.gpt import GPT
 from steerscale.models.hooks import HookFunction, hooked
@@ -72,7 +72,13 @@ class LanguageModel:
         return self._tokenizer is not None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text as the model was trained to see its beginning."""
+        """Token ids of a text as the model was trained to see its beginning. Raises DataError for halves of characters."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{text[:60]!a} is no text: it has bytes or halves of characters that are no Unicode"
+            ) from error
         return [*self.prefix, *self.tokenizer.encode(text)] or [self.tokenizer.eos_id]
 
     def logits(
@@ -166,6 +172,8 @@ class LanguageModel:
         self.tokens_BS, self.positions_BS, real = tokens_BS, positions_BS, tokens_BS.shape[1]
         tokens_BS = self._padded(tokens_BS)
         size, length = tokens_BS.shape
+        if self.model.position == "learned" and real > self.model.seq_len:
+            raise ConfigError(f"the text has {real} tokens, this model has learned positions for {self.model.seq_len}")
         if length > real:
             functions = {name: partial(_on_text, function, real) for name, function in functions.items()}
         if not self.context.is_first_stage:

@@ -57,7 +57,7 @@ def next_token_distribution(
         logits_BV = _penalize(logits_BV, sampling.repetition_penalty, texts)
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(-1, logits_BV.argmax(dim=-1, keepdim=True), 1.0)
-    logits_BV = logits_BV / sampling.temperature
+    logits_BV = _divide(logits_BV, sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         last_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < last_B1, float("-inf"))
@@ -75,12 +75,23 @@ def next_token_distribution(
     return logits_BV.softmax(dim=-1)
 
 
+def _divide(logits_BV: torch.Tensor, temperature: float) -> torch.Tensor:
+    scaled_BV = logits_BV / temperature
+    if not bool(
+        scaled_BV.isfinite().all()
+    ):  # a temperature near 0: the largest logits are beyond float32, differences are not
+        largest_B1 = logits_BV.amax(dim=-1, keepdim=True)
+        scaled_BV = ((logits_BV - largest_B1).double() / temperature).float()
+    return scaled_BV
+
+
 def _penalize(logits_BV: torch.Tensor, penalty: float, texts: Sequence[Sequence[int]]) -> torch.Tensor:
     seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
     for row, text in enumerate(texts):
         seen_BV[row, list(text)] = True
     penalized_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
-    return torch.where(seen_BV, penalized_BV, logits_BV)
+    # A penalty near 0 or a huge one goes beyond float32: the largest numbers there are, and 0 stays 0.
+    return torch.where(seen_BV, penalized_BV.nan_to_num(), logits_BV)
 
 
 class Choice:
@@ -88,7 +99,9 @@ class Choice:
 
     def __init__(self, sampling: Sampling, batch_size: int) -> None:
         self._sampling = sampling
-        self._generators = [torch.Generator().manual_seed(sampling.seed + 1_000_003 * row) for row in range(batch_size)]
+        # Torch takes 64 bits, and a negative seed as the same number modulo 2^64.
+        seeds = [(sampling.seed + 1_000_003 * row) % 2**64 for row in range(batch_size)]
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def draw(self, logits_BV: torch.Tensor, texts: Sequence[Sequence[int]]) -> list[int]:
         """A token for each text."""

@@ -11,7 +11,7 @@ import transformers
 
 from steerscale.cli import main
 from steerscale.errors import ConfigError
-from steerscale.generation import generate, next_logits
+from steerscale.generation import _Text, generate, next_logits
 from steerscale.language_model import LanguageModel, load_language_model
 from steerscale.models.hf.export import export_hf
 from steerscale.parallel.context import initialize
@@ -105,6 +105,28 @@ def test_generate_refuses_what_is_no_prompt(prompts: list[list[int]]) -> None:
             generate(lm, PROMPTS, max_tokens=0)
 
 
+def broken(layout: ParallelLayout) -> str:
+    """What one rank says of a model whose activations are no numbers."""
+    functions = {"blocks.1.hook_resid_post": lambda x_BSM: x_BSM * float("nan")}
+    with initialize(layout) as context:
+        lm = LanguageModel(build_random(GPT2, context), context)
+        for sampling in (GREEDY, DRAWN):
+            with pytest.raises(ConfigError, match="not finite") as caught:
+                generate(lm, PROMPTS, sampling, max_tokens=3, functions=functions)
+        return str(caught.value)
+
+
+def test_logits_that_are_no_numbers_are_an_error_on_every_rank(pool: RankPool) -> None:
+    assert pool.run(broken, LAYOUTS["PP2"], ranks=2) == [broken(ONE)] * 2
+
+
+def test_a_text_longer_than_learned_positions_is_refused() -> None:
+    with initialize(ONE) as context:
+        lm = LanguageModel(build_random(GPT2, context), context)
+        with pytest.raises(ConfigError, match=r"17 tokens.* positions for 16"):
+            lm.logits(torch.zeros(1, 17, dtype=torch.int64))
+
+
 PROMPT = "Once upon a time, there was a little girl who"
 
 
@@ -150,6 +172,25 @@ def test_smollm2_greedy_text_stops_and_streams(smollm2: Path) -> None:
     torch.testing.assert_close(logits_V, expected_V, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("prompt", ["It is \ufffd", "It is \ufffd\ufffd", "\ufffd"])
+def test_a_prompt_may_end_with_what_stands_for_damaged_characters(smollm2: Path, prompt: str) -> None:
+    with initialize(ONE) as context:
+        lm = load_language_model(smollm2, context)
+        tokens = lm.encode(prompt)
+        (found,) = generate(lm, [tokens], GREEDY, max_tokens=5)
+    assert found.text == lm.tokenizer.decode([*tokens, *found.tokens])[len(prompt) :]
+
+
+def test_a_prompt_may_end_within_a_character(smollm2: Path) -> None:
+    with initialize(ONE) as context:
+        lm = load_language_model(smollm2, context)
+        whole = lm.encode("A smile: \N{GRINNING FACE}")
+        missing = whole[-1]
+        text = _Text(lm, whole[:-1], [])
+    assert not text.add(missing)
+    assert text.take(all=True) == "\N{GRINNING FACE}"
+
+
 def test_sample_command_streams_text_and_shows_tokens(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["sample", str(smollm2), "--prompt", PROMPT, "--max-tokens", "4", "--temperature", "0"]
     assert main(command) == 0
@@ -159,6 +200,8 @@ def test_sample_command_streams_text_and_shows_tokens(smollm2: Path, capsys: pyt
     assert table[2].split()[0] == "Ġloved"
     assert table[2].split()[2] == "1.0000"
     assert len(table) == 5
+    assert main([*command, "--prompt", "\udcff"]) == 2
+    assert "is no text" in capsys.readouterr().err
     assert main([*command, "--tensor", "2"]) == 2
     assert "1 ranks were started" in capsys.readouterr().err
 

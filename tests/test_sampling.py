@@ -102,6 +102,29 @@ def test_parity_filtered_distributions_are_transformers(settings: dict[str, Any]
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-320])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    assert distribution(temperature=temperature).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("penalty", [1e-45, 1e-60, 1e60])
+def test_penalties_beyond_float32_leave_a_distribution(penalty: float) -> None:
+    logits = torch.tensor([[2.0, -2.0, 0.0, 1.0]])
+    for temperature in (1.0, 0.1, 1e-40):
+        sampling = Sampling(repetition_penalty=penalty, temperature=temperature)
+        got = next_token_distribution(logits, sampling, texts=[[0, 1, 2]])[0]
+        assert got.sum().item() == pytest.approx(1)
+        assert got.argmax().item() == (0 if penalty < 1 else 3)
+
+
+def test_seeds_may_be_any_integers() -> None:
+    logits = torch.zeros(2, 50)
+    seeds = [-1, 0, 2**64 + 7, 2**64 - 1, 10**30 + 3]
+    drawn = [Choice(Sampling(seed=seed), 2).draw(logits, [[], []]) for seed in seeds]
+    assert drawn[0] == drawn[3]
+    assert len({tuple(tokens) for tokens in drawn}) == 4
+
+
 def test_draws_follow_the_distribution() -> None:
     sampling, draws = Sampling(temperature=1.5, top_k=3, seed=5), 20_000
     choice = Choice(sampling, 1)

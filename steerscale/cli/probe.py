@@ -97,6 +97,8 @@ def run(args: argparse.Namespace) -> None:
     from steerscale.parallel.context import initialize
 
     config = _config(args)
+    if args.output is not None and args.output.exists() and not args.output.is_dir():
+        raise ConfigError(f"-o {args.output} is no directory: probes are written to one")
     if args.output is not None and (args.output / RESULTS).exists():
         raise ConfigError(f"{args.output} holds probes already: name another directory with -o")
     examples = read_examples(args.task, path=args.data, classes=args.classes, tagset=args.tagset)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerscale.cli.sample import add_prompt_arguments, layout_of, sampling_of, token_table
+from steerscale.cli.sample import add_prompt_arguments, layout_of, sampling_of, token_table, writing
 from steerscale.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,9 +50,12 @@ def apply(args: argparse.Namespace) -> None:
     """Edit and print."""
     from steerscale.interp.probes.edit import probe_edit
     from steerscale.interp.probes.probe import read_probe
+    from steerscale.interp.steering_plot import check_picture
     from steerscale.language_model import load_language_model
     from steerscale.parallel.context import initialize
 
+    if args.output is not None:
+        check_picture(args.output)
     edit, positions = _edit(args), parse_positions(args.positions)
     probes = [read_probe(args.apply, hook=hook, kind=args.kind) for hook in args.hook or [None]]
     with initialize(layout_of(args)) as context:
@@ -164,8 +167,8 @@ def _show_effect(
     if picture is not None:
         from steerscale.interp.steering_plot import plot_effect
 
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        plot_effect(picture, found, [lm.tokenizer.piece(token) for token, *_ in rows], rows, title=title)
+        with writing(picture):
+            plot_effect(picture, found, [lm.tokenizer.piece(token) for token, *_ in rows], rows, title=title)
 
 
 def _show_loss(

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerscale.cli.sample import add_layout_arguments, layout_of
+from steerscale.cli.sample import add_layout_arguments, layout_of, make_directory
 from steerscale.errors import ConfigError
 from steerscale.metrics import format_duration
 
@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
     lm_path = args.model or first.lm
     if lm_path is None:
         raise ConfigError(f"{args.source[0]} does not bring its language model: name its directory with --model")
+    if args.output is not None:
+        make_directory(args.output)
     with initialize(layout_of(args)) as context:
         checkpoint = None if args.model is not None else first.checkpoint
         lm = load_language_model(lm_path, context, checkpoint=checkpoint, precision=args.precision)
@@ -180,7 +182,6 @@ def _write(
     from steerscale.interp.sae_bench.export import write_saebench
     from steerscale.tokenizers.base import write_json
 
-    args.output.mkdir(parents=True, exist_ok=True)
     values = {
         "model": model,
         "config": asdict(config),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerscale.cli.sae_source import add_source_arguments, read_source
+from steerscale.cli.sample import writing
 from steerscale.cli.steer_sweep import one_token, read_lines
 from steerscale.errors import ConfigError
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from steerscale.language_model import LanguageModel
 
 WAYS = ("query", "pattern", "contrast", "task", "target", "direct", "direction", "probe")
+LABELS = ("pattern", "contrast", "task")
+"""Ways whose figures are of labels."""
 
 
 def add_parser(commands: Any) -> None:
@@ -113,8 +116,8 @@ def _save(args: argparse.Namespace, source: "SAESource", best: "Found") -> None:
         spare_special=source.spare_special,
         spare_first=source.spare_first,
     )
-    args.save.parent.mkdir(parents=True, exist_ok=True)
-    args.save.write_text(dump_yaml(recipe), encoding="utf-8")
+    with writing(args.save):
+        args.save.write_text(dump_yaml(recipe), encoding="utf-8")
 
 
 def _find(args: argparse.Namespace, lm: "LanguageModel", source: "SAESource") -> "list[Found]":
@@ -123,12 +126,14 @@ def _find(args: argparse.Namespace, lm: "LanguageModel", source: "SAESource") ->
     from steerscale.interp.text import sequences_of
 
     way = next(way for way in WAYS if getattr(args, way) is not None)
+    if args.latent is not None and way not in LABELS:
+        raise ConfigError(f"--latent goes with {', '.join('--' + one for one in LABELS)}: leave it out with --{way}")
     if way == "query":
         spared = {"spare_special": source.spare_special, "spare_first": source.spare_first}
         texts = sequences_of(lm, source.text_path(), samples=args.samples)
         index = build_index(lm, source.sae, texts, hook=source.hook, num_drawn=0, **spared)
         return find.find_by_query(lm, index, args.query, count=args.count)
-    if way in ("pattern", "contrast", "task"):
+    if way in LABELS:
         examples, label = _examples(args)
         return find.find_by_label(
             lm,
@@ -183,6 +188,8 @@ def _direction(args: argparse.Namespace, hook: str) -> Any:
     if args.label is None:
         raise ConfigError("--probe needs --label: the class whose direction is meant")
     probe = read_probe(args.probe, hook=hook, kind=args.kind)
+    if not probe.is_linear:
+        raise ConfigError(f"the probe {probe.name} has no direction: choose a linear one with --kind, like logistic")
     return direction(probe, probe.class_index(args.label))
 
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from steerscale.errors import ConfigError
+
 if TYPE_CHECKING:
     from steerscale.interp.sources import SAESource
 
@@ -40,6 +42,8 @@ def read_source(args: argparse.Namespace) -> "SAESource":
     """Read the SAE. Raises ConfigError where something has to be named."""
     from steerscale.interp.sources import open_sae
 
+    if args.spare_first is not None and args.spare_first < 0:
+        raise ConfigError(f"--spare-first must not be negative, got {args.spare_first}")
     source = open_sae(args.source, name=args.sae, hook=args.hook)
     if args.model is not None:
         source = replace(source, lm=args.model, checkpoint=None)

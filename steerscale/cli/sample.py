@@ -2,10 +2,12 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerscale.errors import ConfigError
+from steerscale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from steerscale.parallel.layout import ParallelLayout
@@ -93,6 +95,24 @@ def layout_of(args: argparse.Namespace) -> "ParallelLayout":
     from steerscale.parallel.layout import ParallelLayout
 
     return ParallelLayout(tensor=args.tensor, pipeline=args.pipeline)
+
+
+def make_directory(path: Path) -> None:
+    """For results that come at the end of long work: whether they can be written is known before it. Raises DataError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the directory {path} cannot be made: {error}") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes `path`, whose directory is made. Raises DataError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error}") from error
 
 
 def token_table(tokenizer: "Tokenizer", rows: list[tuple[int, tuple[float, ...]]], columns: tuple[str, ...]) -> str:

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerscale.cli.sae_source import add_source_arguments
-from steerscale.cli.sample import add_layout_arguments, add_prompt_arguments, layout_of, sampling_of, token_table
+from steerscale.cli.sample import (
+    add_layout_arguments,
+    add_prompt_arguments,
+    layout_of,
+    sampling_of,
+    token_table,
+    writing,
+)
 from steerscale.cli.steer_sweep import sweep_parser
 from steerscale.errors import ConfigError
 
@@ -72,11 +79,16 @@ def _begins_with(parser: argparse.ArgumentParser, word: str, other: argparse.Arg
 def run(args: argparse.Namespace) -> None:
     """Steer and print."""
     from steerscale.config import dump_yaml
+    from steerscale.interp.steering_plot import check_picture
     from steerscale.language_model import load_language_model
     from steerscale.parallel.context import initialize
 
     if args.top_tokens < 1:
         raise ConfigError(f"--top-tokens must be at least 1, got {args.top_tokens}")
+    if args.samples < 0:
+        raise ConfigError(f"--samples must not be negative, got {args.samples}")
+    if args.output is not None:
+        check_picture(args.output)
     recipe, sampling = _recipe(args), sampling_of(args)
     opened = recipe.open(model=args.model)
     text = args.text or opened.text
@@ -86,7 +98,8 @@ def run(args: argparse.Namespace) -> None:
         lm = load_language_model(opened.model, context, checkpoint=opened.checkpoint)
         functions = opened.functions(lm, strength=args.strength)
         if args.save is not None and context.rank == 0:
-            args.save.write_text(dump_yaml(recipe), encoding="utf-8")
+            with writing(args.save):
+                args.save.write_text(dump_yaml(recipe), encoding="utf-8")
         for index, prompt in enumerate(args.prompt or [""]):
             _show_prompt(lm, functions, prompt, args, sampling, picture=args.output if index == 0 else None)
         if args.samples and text is not None:
@@ -158,8 +171,8 @@ def _show_effect(lm: "LanguageModel", found: "Effect", count: int, picture: Path
     if picture is not None:
         from steerscale.interp.steering_plot import plot_effect
 
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        plot_effect(picture, found, [lm.tokenizer.piece(token) for token, *_ in rows], rows, title=title)
+        with writing(picture):
+            plot_effect(picture, found, [lm.tokenizer.piece(token) for token, *_ in rows], rows, title=title)
 
 
 def _show_loss(lm: "LanguageModel", functions: "dict[str, HookFunction]", text: Path, samples: int) -> None:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerscale.cli.sample import add_sampling_arguments, sampling_of
+from steerscale.cli.sample import add_sampling_arguments, make_directory, sampling_of
 from steerscale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
 
     opened = load_recipe(args.recipe).open(model=args.model)
     prompts = read_lines(args.prompts)
+    if args.output is not None:
+        make_directory(args.output)
     with initialize(ParallelLayout()) as context:
         lm = load_language_model(opened.model, context, checkpoint=opened.checkpoint)
         tokens = [one_token(lm, text) for text in args.token or []] or concept_tokens(lm, args.concept)
@@ -117,7 +119,8 @@ def _methods(args: argparse.Namespace, lm: "LanguageModel", opened: "OpenRecipe"
 def read_lines(path: Path) -> list[str]:
     """Lines of a text file that are not blank. Raises DataError if it cannot be read or has none."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines, which also ends lines at characters that stand within a text.
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as text: {error}") from error
     if not any(lines):
@@ -161,7 +164,6 @@ def table(points: "list[Point]", *, markdown: bool = False) -> str:
 def _write(args: argparse.Namespace, points: "list[Point]") -> None:
     from steerscale.interp.steering_plot import plot_sweep
 
-    args.output.mkdir(parents=True, exist_ok=True)
     asked = {
         name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "run"
     }

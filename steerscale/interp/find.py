@@ -149,8 +149,10 @@ def find_by_label(
         vectors: tokens to read in each half.
         drop_first: first tokens of a text that do not count: what the SAE was not trained on.
         latents: these instead of the best ones.
-    Raises ConfigError if no example has the label, or all have.
+    Raises ConfigError if no example has the label, or all have, or `latents` names one that the SAE has not.
     """
+    for latent in latents or ():
+        require(0 <= latent < sae.num_latents, f"latent {latent} is not among the SAE's {sae.num_latents}")
     whole = examples[0].label is not None
     figures = []
     for half in split_examples(examples, seed=seed, held_out=0.5):

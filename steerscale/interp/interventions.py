@@ -102,6 +102,10 @@ def at_positions(positions: Positions, change: HookFunction) -> HookFunction:
             mask_BS1 = positions.to(x_BSM.device).unsqueeze(-1)
             return torch.where(mask_BS1, replacement, x_BSM)
         index = positions if isinstance(positions, slice | torch.Tensor) else list(positions)
+        if not isinstance(index, slice):
+            length = x_BSM.shape[1]
+            for position in torch.as_tensor(index).tolist():
+                require(-length <= position < length, f"position {position} is outside of the text's {length} tokens")
         x_BSM[:, index] = replacement[:, index]
         return x_BSM
 

@@ -17,6 +17,7 @@ Everything acts at once. What belongs to one hook point acts in this order (saes
 one before it has left. Paths are relative to where the command runs, as in all configuration.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -241,6 +242,7 @@ class OpenRecipe:
             strength: a further factor of all changes.
         Raises ConfigError if a hook point, a latent or a width is not the model's or the SAE's.
         """
+        require(math.isfinite(strength), f"strength must be a finite number, got {strength}")
         strength *= self.recipe.strength
         chains: dict[str, list[HookFunction]] = {}
         spared = {"spare_special": self.spare_special, "spare_first": self.spare_first}

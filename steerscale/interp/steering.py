@@ -11,6 +11,7 @@ back would undo the change.)
 Shapes: B sequences, S sequence, M d_model, V vocabulary, E edits, L latents that edits read.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,7 @@ class When:
 
     def __post_init__(self) -> None:
         require(self.latent >= 0, f"when.latent must not be negative, got {self.latent}")
+        require(not math.isnan(self.above), "when.above must be a number, got nan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,9 @@ class Edit:
 
     def __post_init__(self) -> None:
         require(self.latent >= 0, f"latent must not be negative, got {self.latent}")
+        for name in ("value", "strength"):
+            number = getattr(self, name)
+            require(math.isfinite(number), f"{name} of latent {self.latent} must be a finite number, got {number}")
 
     def change(self, f: torch.Tensor) -> torch.Tensor:
         """f' - f."""
@@ -105,6 +110,7 @@ class Steering:
                 "the SAE does not say which hook point it belongs to: name it, like blocks.3.hook_resid_post"
             )
         require(bool(edits), "there is nothing to steer: give at least one latent")
+        require(math.isfinite(strength), f"strength must be a finite number, got {strength}")
         for edit in edits:
             for latent in (edit.latent, *([edit.when.latent] if edit.when else [])):
                 require(latent < sae.num_latents, f"latent {latent} is not among the SAE's {sae.num_latents}")

@@ -3,8 +3,20 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from steerscale.config import require
 from steerscale.interp.steering import Effect
 from steerscale.interp.sweep import Point
+
+
+def check_picture(path: Path) -> None:
+    """Raise ConfigError for a suffix that no picture can have, before there is anything to draw."""
+    from matplotlib.figure import Figure
+
+    kinds = Figure().canvas.get_supported_filetypes()
+    require(
+        path.suffix.lower().removeprefix(".") in ("", *kinds),
+        f"{path} cannot be a picture: its name must end in one of {', '.join(sorted(kinds))}",
+    )
 
 
 def plot_effect(

@@ -118,11 +118,25 @@ def run_sweep(
 ) -> list[Point]:
     """Every method at every strength, "none" first. One generation, one forward pass of prompts and one of texts each.
 
-    Raises LayoutError under a pipeline.
+    Raises:
+        LayoutError: under a pipeline.
+        ConfigError: a prompt and its text are longer than the model looks back: its losses would be of something else.
     """
     if lm.context.layout.pipeline > 1:
         raise LayoutError(f"parallel.pipeline must be 1 to sweep, it is {lm.context.layout.pipeline}")
     plain = [lm.encode(prompt) for prompt in sweep.prompts]
+    led = {one.instruction: _led(lm, sweep, one.instruction) for one in methods if one.instruction is not None}
+    longest = max(map(len, plain))
+    require(
+        longest + sweep.max_tokens <= lm.seq_len,
+        f"the model looks back on {lm.seq_len} tokens: the longest prompt has {longest}, and {sweep.max_tokens} are to follow",
+    )
+    for instruction, prompts in led.items():
+        longest = max(map(len, prompts))
+        require(
+            longest <= lm.seq_len,
+            f"the model looks back on {lm.seq_len} tokens: with {instruction[:40]!r} in front the longest prompt has {longest}",
+        )
     before = next_distributions(lm, plain, {})
     points: list[Point] = []
     cases = [(Method(name="none"), 0.0)]
@@ -131,15 +145,18 @@ def run_sweep(
         cases += [(method, strength) for strength in strengths if strength]
     for method, strength in cases:
         functions = {} if method.functions is None else method.functions(strength)
-        prompts = plain
-        if method.instruction is not None:
-            prompts = [lm.encode(f"{method.instruction}\n\n{prompt}") for prompt in sweep.prompts]
+        prompts = plain if method.instruction is None else led[method.instruction]
         base = points[0].perplexity if points else None
         point = _measure(lm, sweep, method.name, strength, plain, prompts, before, functions, base)
         points.append(point)
         if on_point is not None:
             on_point(point)
     return points
+
+
+def _led(lm: LanguageModel, sweep: Sweep, instruction: str) -> list[list[int]]:
+    """Tokens of the prompts with an instruction in front."""
+    return [lm.encode(f"{instruction}\n\n{prompt}") for prompt in sweep.prompts]
 
 
 def _measure(

@@ -35,13 +35,17 @@ def is_loopback(listening: socket.socket) -> bool:
     return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
 
 
+def hosts_of(listening: socket.socket) -> frozenset[str] | None:
+    """Names the server answers to: loopback ones and its own address, of which there are more than 127.0.0.1; None: any."""
+    return LOOPBACK_NAMES | {listening.getsockname()[0]} if is_loopback(listening) else None
+
+
 def serve(
     lm: LanguageModel, catalogue: Catalogue, listening: socket.socket, *, on_ready: Callable[[], None] = lambda: None
 ) -> None:
     """Answer requests until Ctrl-C or SIGTERM; then let what runs come to its end. In the main thread."""
-    hosts = LOOPBACK_NAMES if is_loopback(listening) else None
     config = uvicorn.Config(
-        make_app(lm, catalogue, hosts=hosts),
+        make_app(lm, catalogue, hosts=hosts_of(listening)),
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -162,6 +162,11 @@ def test_find_and_sweep_commands(sae_run: Path, tmp_path: Path, capsys: pytest.C
     assert (tmp_path / "out" / "sweep.png").is_file()
     for wrong, message in (
         (["sae", "find", sae, "--pattern", "x"], "needs a text file"),
+        (["sae", "find", sae, *words, "--latent", "128"], "latent 128 is not among"),
+        (["sae", "find", sae, *words, "--latent", "-1"], "latent -1 is not among"),
+        (["sae", "find", sae, "--query", "x", "--latent", "1"], "--latent goes with --pattern"),
+        (["sae", "find", sae, *words, "--spare-first", "-1"], "must not be negative"),
+        ([*sweep, "-o", str(prompts)], "cannot be made"),
         (["sae", "find", sae, "--task", "pos", "--data", "nowhere.txt"], "needs --label"),
         (["sae", "find", sae, "--target", "a"], "give --prompt"),
         (["sae", "find", sae, "--direct", "Das Paket ist da"], "must be one token"),

@@ -100,6 +100,9 @@ def test_functions_act_at_their_positions_only() -> None:
     assert add_direction(DIRECTION, 0.0)(x) is None
     with pytest.raises(ConfigError, match="direction of zeros"):
         project_out(torch.zeros(24))
+    for outside in ([7], [1, -8], torch.tensor([9])):
+        with pytest.raises(ConfigError, match="outside of the text's 7 tokens"):
+            ablate(positions=outside)(x.clone())
 
 
 def test_patching_another_text_in_gives_its_logits() -> None:

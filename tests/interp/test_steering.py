@@ -231,6 +231,13 @@ def test_steering_refuses_what_it_cannot_do() -> None:
     ):
         with pytest.raises(ConfigError, match=wrong):
             Steering(sae, edits)
+    for make in (
+        lambda: Edit(latent=1, value=float("nan")),
+        lambda: Edit(latent=1, value=1.0, strength=float("inf")),
+        lambda: Steering(sae, EDITS, strength=float("nan")),
+    ):
+        with pytest.raises(ConfigError, match="finite"):
+            make()
     with pytest.raises(ConfigError, match="one hook point"):
         Steering(replace(sae, subtract_b_dec=False, hook_out="blocks.1.hook_mlp_out"), EDITS)
     with pytest.raises(ConfigError, match="does not say"):
@@ -281,6 +288,12 @@ def test_steer_command_says_what_is_missing(sae_run: Path, tmp_path: Path, capsy
         ([str(sae_run), "--latent", "1", "--latent", "2", "--add", "2"], "a value for each"),
         ([str(sae_run), "--latent", "128", "--scale", "0"], "latent 128"),
         ([str(sae_run), "--latent", "5"], "nothing to steer"),
+        ([str(sae_run), "--latent", "5", "--add", "1", "-o", str(tmp_path / "effect.txt")], "cannot be a picture"),
+        (
+            [str(sae_run), "--latent", "5", "--add", "1", "--save", str(tmp_path / "sae" / "cfg.json" / "x")],
+            "cannot be written",
+        ),
+        ([str(sae_run), "--latent", "5", "--add", "1", "--strength", "nan"], "finite"),
     ):
         assert main(["steer", *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Sweeps: figures against plain definitions; methods beside each other at one length."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,11 @@ def test_a_sweep_compares_methods_at_one_length(tmp_path: Path) -> None:
             prompts=prompts, concept=r"\d", strengths=[0, 0.5, 2], tokens=tokens, max_tokens=6, sampling=GREEDY
         )
         points = run_sweep(lm, sweep, methods)
+        for longer in ({"max_tokens": 10}, {"prompts": [*prompts, "a" * 11]}):
+            with pytest.raises(ConfigError, match="looks back on 16 tokens"):
+                run_sweep(lm, replace(sweep, **longer), methods[:1])
+        with pytest.raises(ConfigError, match="in front the longest prompt has 19"):
+            run_sweep(lm, sweep, [Method(name="prompting", instruction="Count them")])
         told = [effect(lm, opened.functions(lm, strength=2.0), lm.encode(prompt)) for prompt in prompts]
         prompt = torch.tensor([lm.encode(prompts[1])])
         moved = capture(lm, prompt, [HOOK], methods[2].functions(2.0))[HOOK] - capture(lm, prompt, [HOOK])[HOOK]  # type: ignore[misc]

@@ -285,6 +285,18 @@ def test_requests_that_are_not_for_it_are_refused(served: Served) -> None:
     assert served.send("/v1/completions")[0] == 405
 
 
+def test_steering_that_leaves_no_numbers_is_an_error_that_says_so(served: Served) -> None:
+    functions = {"blocks.1.hook_resid_post": lambda x_BSM: x_BSM * float("inf")}
+    key = ("formal", 999.0)
+    served.catalogue._kept[key] = functions
+    for more in ({}, {"logprobs": 2}, {"temperature": 1}):
+        body = json.dumps({"model": "tiny:formal", "strength": 999, "prompt": PROMPT, "temperature": 0, **more})
+        status, answer = served.send("/v1/completions", body.encode())
+        assert (status, "not finite" in answer["error"]["message"]) == (400, True)
+    del served.catalogue._kept[key]
+    assert complete(served, temperature=1e-40).choices[0].text == expected(served)
+
+
 def test_large_bodies_are_refused_whether_they_say_so_or_not(served: Served) -> None:
     body = json.dumps({"model": "tiny", "prompt": "x" * 3_000_000}).encode()
     status, answer = served.send("/v1/completions", body)

@@ -24,7 +24,7 @@ from steerscale.serve.catalogue import Catalogue, open_recipes
 from steerscale.serve.chat import chat_prompt
 from steerscale.serve.errors import RequestError
 from steerscale.serve.request import Message
-from steerscale.serve.run import is_loopback, listen
+from steerscale.serve.run import LOOPBACK_NAMES, hosts_of, is_loopback, listen
 from steerscale.serve.worker import Event, Failed, Finished, Job, ModelThread
 from steerscale.testing.smollm2 import smollm2_directory
 from steerscale.tokenizers.registry import load_tokenizer
@@ -193,8 +193,11 @@ def test_only_loopback_addresses_are_loopback() -> None:
         assert is_loopback(one)
         assert is_loopback(two)
         assert not is_loopback(open_to_all)
-        with pytest.raises(SteerscaleError, match="choose another"):
-            listen("127.0.0.1", one.getsockname()[1])
+        assert hosts_of(open_to_all) is None
+    with listen("127.0.0.2", 0) as another:  # what a machine's own name may be
+        assert hosts_of(another) == {*LOOPBACK_NAMES, "127.0.0.2"}
+    with listen("127.0.0.1", 0) as one, pytest.raises(SteerscaleError, match="choose another"):
+        listen("127.0.0.1", one.getsockname()[1])
     with pytest.raises(SteerscaleError, match="cannot be used"):
         listen("no.such.host.invalid", 0)
 

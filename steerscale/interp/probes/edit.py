@@ -13,6 +13,7 @@ moves to the nearest boundary of the union, which is one of the pairs'.
 Shapes: V vectors, M d_model, C classes, R rivals (C - 1).
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -50,11 +51,13 @@ def probe_edit(
         strength: factor of the whole change; 0 changes nothing, bit by bit.
         where: act only at tokens that the probe takes for this class.
         positions: act only there (see `interventions`); None while text is generated.
-    Raises ConfigError: an MLP probe, classes it has not, or a mode without the classes it needs.
+    Raises ConfigError: an MLP probe, classes it has not, a mode without the classes it needs, or numbers that are not finite.
     """
     if not probe.is_linear:
         raise ConfigError(f"the probe {probe.name} has no directions to edit by: choose a linear one, like logistic")
     require(mode in MODES, f"a probe's edit must be one of {', '.join(MODES)}, got {mode!r}")
+    for name, number in (("value", value), ("strength", strength)):
+        require(math.isfinite(number), f"the {name} of a probe's edit must be a finite number, got {number}")
     require(
         target is not None or mode == "project", f"the edit {mode!r} needs a target: one of {', '.join(probe.classes)}"
     )

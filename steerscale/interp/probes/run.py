@@ -20,6 +20,7 @@ from steerscale.interp.probes.fit import FitConfig, fit_probe
 from steerscale.interp.probes.labels import Example, split_examples
 from steerscale.interp.probes.probe import KINDS, Probe, score
 from steerscale.language_model import LanguageModel
+from steerscale.models.hook_points import KINDS as HOOK_KINDS
 from steerscale.models.hook_points import hook_point
 
 
@@ -141,7 +142,8 @@ def run_probes(
     control_accuracy and selectivity. Tensor ranks share the fits of their stage.
     """
     require(len(set(hooks)) == len(hooks) > 0, f"hook points must be given once each, got {', '.join(hooks) or 'none'}")
-    ordered = sorted(hooks, key=lambda hook: hook_point(hook, lm.model))
+    points = {hook: hook_point(hook, lm.model) for hook in hooks}
+    ordered = sorted(hooks, key=lambda hook: (points[hook].layer, HOOK_KINDS.index(points[hook].kind)))
     vectors = len(task.train.y_V) + len(task.test.y_V)
     size = max(int(config.memory_gib * 2**30 / (4 * vectors * lm.model.d_model)), 1)
     groups = [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]

@@ -139,6 +139,8 @@ def test_edits_refuse_what_they_cannot_do() -> None:
         ("needs the other", {"mode": "swap", "target": "a"}),
         ("must differ", {"mode": "swap", "target": "a", "other": "a"}),
         ("must be one of", {"mode": "flip", "target": "a"}),
+        ("value .* finite", {"mode": "set", "target": "a", "value": float("nan")}),
+        ("strength .* finite", {"mode": "project", "strength": float("inf")}),
     ):
         with pytest.raises(ConfigError, match=wrong):
             probe_edit(probe, **kwargs)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from steerscale.interp.probes.probe import read_probe
 from steerscale.interp.probes.run import ProbeConfig, expand_hooks, make_task, run_probes
 from steerscale.interp.steering import effect, held_out_loss
 from steerscale.language_model import LanguageModel
+from steerscale.models.hook_points import KINDS
 from steerscale.parallel.context import initialize
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.sampling import GREEDY
@@ -160,7 +162,12 @@ def test_little_memory_takes_more_passes(monkeypatch: pytest.MonkeyPatch) -> Non
         config = ProbeConfig(train=100, test=40, min_examples=5, kinds=("ridge",), control=False, memory_gib=1e-5)
         done: list[probe_run.Progress] = []
         probes = run_probes(lm, make_task(lm, examples(80), config), HOOKS, config, on_progress=done.append)
-    assert len(calls) == len(probes) == 3
+        forward = [f"blocks.0.{kind}" for kind in KINDS]
+        task = make_task(lm, examples(80), config)
+        ordered = run_probes(lm, task, forward[::-1], replace(config, memory_gib=4.0))
+    assert [probe.hook for probe in ordered] == forward
+    assert len(calls) == 4
+    assert len(probes) == 3
     assert "control_accuracy" not in probes[0].about
     assert (done[-1].what, done[-1].done, done[-1].total) == ("probes", 3, 3)
 
@@ -310,6 +317,9 @@ def test_probe_command_fits_and_applies(
     assert "edited:" not in capsys.readouterr().out
     for wrong, arguments in (
         ("holds probes already", [*fit, "-o", out]),
+        ("is no directory", [*fit, "-o", task]),
+        ("cannot be a picture", [*apply, "--swap", "noun", "verb", "-o", "effect.txt"]),
+        ("outside of the text's", [*apply, "--project", "--positions", "99"]),
         ("no hook point 'blocks.99", [*fit, "--hooks", "blocks.99.hook_resid_post"]),
         ("kind must be one of", [*fit, "--kinds", "forest"]),
         ("needs an edit", apply),
