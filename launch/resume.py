@@ -34,7 +34,7 @@ def check_same_model(config: RunConfig) -> None:
         return
     at, now, keys = "model", asdict(config.model), list(there)
     if config.sae is not None:
-        specs = specs_of(config.sae, dict.fromkeys(config.sae.all_hooks, config.model.d_model))
+        specs = specs_of(config.sae, _widths(config, state or {}))
         at, now = "sae", {spec.name: spec.shape for spec in specs}
         keys = list(dict.fromkeys([*there, *now]))  # one SAE more is another run as well
     differing = [
@@ -47,6 +47,20 @@ def check_same_model(config: RunConfig) -> None:
             f"run_dir={config.run_dir} holds checkpoints of another model ({'; '.join(differing)}): choose another run_dir "
             "or name, or go on with the model as it was"
         )
+
+
+def _widths(config: RunConfig, state: Mapping[str, Any]) -> dict[str, int]:
+    """Of the hook points' activations. Those of a transformers model's modules only the ranks find out: as they were found."""
+    assert config.sae is not None
+    assert config.stream is not None
+    widths = dict.fromkeys(config.sae.all_hooks, config.model.d_model)
+    if config.stream.lm_kind == "transformers":
+        for spec in (state.get("sae") or {}).values():
+            for hooks, width in ((spec["inputs"], spec["d_in"]), (spec["outputs"], spec["d_out"])):
+                # Of a crosscoder the sum is what counts.
+                each = width // len(hooks)
+                widths |= {**dict.fromkeys(hooks, each), hooks[-1]: width - each * (len(hooks) - 1)}
+    return widths
 
 
 def resume_warnings(config: RunConfig) -> list[str]:

@@ -61,7 +61,9 @@ class Lane:
             with self._by.time("data"):
                 self._blocks[index] = self._by.order.block(self.number, index)
         for number in range(self.begun(index), passes):
-            arrival = self._by.passes.begin(self._pass(self._blocks[index], number))
+            one = self._pass(self._blocks[index], number)
+            # All ranks of a replica know alike that nothing of a pass would be kept.
+            arrival = self._by.passes.begin(one) if len(one.kept) else None
             if arrival is not None:
                 self._coming.setdefault(index, []).append(arrival)
         self._begun[index] = passes

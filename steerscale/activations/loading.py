@@ -1,6 +1,7 @@
 """The language model that `stream:` names, loaded as an activation source."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from steerscale.parallel.context import ParallelContext
 from steerscale.parallel.megatron import tensor_parallel
 from steerscale.tokenizers.base import Tokenizer
 from steerscale.tokenizers.registry import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 _SAMPLED_BYTES = 2**20
 
@@ -100,6 +103,11 @@ def _load_transformers(config: StreamConfig, hooks: Sequence[str], context: Para
     if seq_len is None:
         raise ConfigError(
             f"stream.seq_len must be given: the config.json of {config.lm} does not say how long sequences may be"
+        )
+    if model.get_output_embeddings() is None:
+        logger.warning(
+            "%s was written by %s, which has no output head: what an SAE costs the model's loss (ce_*) will not be known",
+            *(config.lm, type(model).__name__),
         )
     tokenizer = _hf_tokenizer(directory)
     model = model.to(context.device)

@@ -80,9 +80,12 @@ def data_of(stream: StreamConfig) -> dict[str, Any] | None:
 def hf_settings(directory: Path) -> dict[str, Any]:
     """A Hugging Face model's config.json. Raises ConfigError if it cannot be read."""
     try:
-        return json.loads((directory / HF_CONFIG).read_text(encoding="utf-8"))
+        settings = json.loads((directory / HF_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{directory / HF_CONFIG} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{directory / HF_CONFIG} must hold a JSON object, got {type(settings).__name__}")
+    return settings
 
 
 def hf_precision(config: StreamConfig) -> Literal["fp32", "bf16"]:
@@ -95,7 +98,7 @@ def hf_precision(config: StreamConfig) -> Literal["fp32", "bf16"]:
 
 
 def _from_hf(directory: Path) -> ModelConfig:
-    values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    values = hf_settings(directory)
     if values.get("model_type") in FAMILIES:
         return config_from_hf(directory)
     values = values.get("text_config", values)

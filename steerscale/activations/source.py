@@ -53,7 +53,8 @@ class ActivationSource(Protocol):
     ) -> torch.Tensor | None:
         """Losses float32 [B, S] of the whole model with `functions` called at these hooks; None but on the last stage.
 
-        All ranks name the same hooks; see `models.hooks.hooked` for what a function may do.
+        nan of a model that has no logits for each token. All ranks name the same hooks; see `models.hooks.hooked` for what a
+        function may do.
         """
         ...
 
@@ -255,10 +256,12 @@ class TransformersSource:
             for name, function in functions.items()
         ]
         try:
-            logits_BSV = self.model(tokens_BS).logits
+            logits_BSV = getattr(self.model(tokens_BS), "logits", None)
         finally:
             for handle in handles:
                 handle.remove()
+        if logits_BSV is None or logits_BSV.shape[:2] != labels_BS.shape:
+            return torch.full(labels_BS.shape, torch.nan, device=labels_BS.device)
         losses = torch.nn.functional.cross_entropy(
             logits_BSV.float().flatten(0, 1), labels_BS.flatten(), reduction="none"
         )

@@ -35,12 +35,14 @@ from steerscale.activations.source import ActivationSource
 from steerscale.data.config import DataConfig
 from steerscale.data.consumed import ConsumedHash
 from steerscale.data.dataset import SampleStream
-from steerscale.errors import CheckpointError, ConfigError, LayoutError
+from steerscale.errors import CheckpointError, ConfigError, DataError, LayoutError
 from steerscale.metrics import format_duration
 from steerscale.parallel.context import ParallelContext
 
 logger = logging.getLogger(__name__)
 
+HOPELESS = 10_000
+"""Sequences of a lane, one after the other, of which nothing is kept: no more are looked at."""
 TELL_SECONDS = 10.0
 """Between words of progress while the buffer is filled for the first time."""
 
@@ -193,7 +195,7 @@ class ActivationStream:
                 raise CheckpointError(
                     f"the activation stream of the checkpoint had {key}={state.get(key)!r}, now it is {now!r}: its vectors "
                     "would be others, or in another order; go on with the settings it was begun with (stream.*, hooks, seed; "
-                    "block_sequences follows from buffer_gib, lanes, drop_first and widths), or start a new run"
+                    "block_sequences follows from buffer_*, lanes, drop_first and widths), or start a new run"
                 )
         self._passes.keep_up(0)  # nothing may be written any more
         for lane in self._lanes:
@@ -224,10 +226,17 @@ class ActivationStream:
 
     def _take(self, lane: Lane, count: int) -> list[np.ndarray]:
         """Mark the lane's next `count` vectors to be read; their ids."""
-        ids, crossed = [], False
+        ids, crossed, empty = [], False, 0
         while count:
             block = lane.current()
             if lane.offset == len(block):
+                empty = 0 if len(block) else empty + len(block.tokens_KS)
+                if empty >= HOPELESS:
+                    raise DataError(
+                        f"{empty:,} sequences in a row hold nothing but tokens that the stream leaves out "
+                        f"({len(self.order.special_ids)} special ones, stream.drop_first={self.order.drop_first}): look at the "
+                        "data, whose tokens may all be unknown to the tokenizer, or set stream.drop_special=false"
+                    )
                 if crossed:
                     # What comes next is written over the block before this one, which is still to be read.
                     self._read()

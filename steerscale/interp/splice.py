@@ -37,7 +37,7 @@ class Splice:
 
     @property
     def recovered(self) -> float:
-        """Share of the loss between zeros and the activation that the reconstruction wins back; nan where zeros cost nothing."""
+        """Share of the loss between zeros and the activation that it wins back; nan where zeros cost nothing."""
         won = self.zero_loss - self.loss
         return (self.zero_loss - self.spliced_loss) / won if won else math.nan
 

@@ -95,7 +95,7 @@ class SAEWeights:
             )
         if self.architecture == "topk":
             total = self.total_latents or self.num_latents
-            if self.k is None or self.k != int(self.k) or not 1 <= self.k <= total:
+            if self.k is None or not 1 <= self.k <= total or self.k != int(self.k):
                 raise ConfigError(f"a topk SAE needs an integer k from 1 to its {total} latents, got {self.k}")
 
     def _check_parts(self) -> None:

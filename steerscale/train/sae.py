@@ -32,6 +32,7 @@ from steerscale.sae.config import SAESpec, specs_of
 from steerscale.sae.initial import draw_weights, initialize_from_data
 from steerscale.sae.state import load_state, state_fragments
 from steerscale.train.config import RunConfig
+from steerscale.train.sae_layout import check_transcoder
 from steerscale.train.task import check_same
 
 MEASURES = ("loss", "fvu", "mse", "l0", "dead", "penalty", "aux_loss")
@@ -78,6 +79,8 @@ class SAETask:
         assert config.data is not None
         self.config, self.context, self.stream = config, context, stream
         self.specs = specs_of(config.sae, stream.source.widths)
+        for spec in self.specs:  # of a transformers model this is known only now
+            check_transcoder(spec, {hook: place for place, hook in enumerate(stream.source.in_order)})
         stage = stage_context(context)
         self.trained = [
             _build(number, spec, config, stage)
@@ -227,8 +230,11 @@ class SAETask:
     def resume(self, state: dict[str, Any], reader: FragmentReader, *, applied_steps: int, consumed_hash: int) -> None:
         """Take over weights, optimizer states, counters and the place in the stream."""
         check_same(state["model"], {spec.name: spec.shape for spec in self.specs}, at="sae")
+        applied = dict(
+            zip(state["model"], state["applied_steps"], strict=True)
+        )  # SAEs may be named in another order now
         for trained in self.trained:
-            trained.applied_steps = state["applied_steps"][trained.number]
+            trained.applied_steps = applied[trained.sae.spec.name]
             trained.engine.load(reader, optimizer_steps=trained.applied_steps)
             load_state(trained.sae, reader)
         self.stream.load(state["stream"])

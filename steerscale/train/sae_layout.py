@@ -1,11 +1,14 @@
 """Whether an SAE run fits its layout, or its two. Torch-free."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from steerscale.activations.config import StreamConfig
 from steerscale.errors import ConfigError, LayoutError
 from steerscale.models.config import ModelConfig
 from steerscale.models.hook_points import KINDS, hook_point
 from steerscale.parallel.layout import ParallelLayout
-from steerscale.sae.config import SAEConfig, specs_of
+from steerscale.sae.config import SAEConfig, SAESpec, specs_of
 
 
 def check_producers(layout: ParallelLayout, model: ModelConfig) -> None:
@@ -49,8 +52,13 @@ def check_sae_layout(sae: SAEConfig, stream: StreamConfig, model: ModelConfig, l
                 f"the hook points of {spec.name} lie on several of the {layout.pipeline} pipeline stages: take another "
                 "parallel.pipeline, or hook points whose layers one stage holds"
             )
-        if spec.is_transcoder and places[spec.outputs[0]] < places[spec.inputs[0]]:
-            raise ConfigError(
-                f"sae.targets: {spec.outputs[0]} comes before {spec.inputs[0]} in the model, and a transcoder computes what "
-                "comes after; exchange the two"
-            )
+        check_transcoder(spec, places)
+
+
+def check_transcoder(spec: SAESpec, places: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a transcoder whose target comes before its input, by the hook points' `places` in the model."""
+    if spec.is_transcoder and places[spec.outputs[0]] < places[spec.inputs[0]]:
+        raise ConfigError(
+            f"sae.targets: {spec.outputs[0]} comes before {spec.inputs[0]} in the model, and a transcoder computes what "
+            "comes after; exchange the two"
+        )

@@ -10,7 +10,7 @@ import transformers
 
 from steerscale.activations.config import StreamConfig
 from steerscale.activations.loading import load_source
-from steerscale.activations.shape import find_kind
+from steerscale.activations.shape import find_kind, language_model
 from steerscale.activations.source import GPTSource, TransformersSource
 from steerscale.errors import ConfigError, DataError, LayoutError
 from steerscale.models.config import ModelConfig
@@ -204,6 +204,28 @@ def test_kind_of_a_language_model(llama: Path, tmp_path: Path) -> None:
         ConfigError, match=r"of model_type 'mamba', which stream\.lm_kind=gpt cannot be; it can be llama, gpt2"
     ):
         find_kind(StreamConfig(lm=str(tmp_path), lm_kind="gpt"))
+
+
+@pytest.mark.parametrize(("text", "wrong"), [("[1]", "must hold a JSON object, got list"), ("{", "cannot be read")])
+def test_damaged_config_is_named(text: str, wrong: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    for ask in (find_kind, language_model):
+        with pytest.raises(ConfigError, match=wrong):
+            ask(StreamConfig(lm=str(tmp_path)))
+
+
+def test_loss_of_a_model_without_a_head_is_unknown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Activations it has all the same: training on them must not end in an error of the evaluation."""
+    config = transformers.GPT2Config(n_layer=2, n_embd=8, n_head=1, vocab_size=10, n_positions=16)
+    transformers.GPT2Model(config).save_pretrained(tmp_path)
+    with initialize(ONE) as context:
+        source = load_source(StreamConfig(lm=str(tmp_path), lm_kind="transformers"), ["h.0"], context)
+        tokens = torch.zeros(2, 5, dtype=torch.int64)
+        losses = source.losses(tokens, tokens, {"h.0": torch.zeros_like})
+    assert losses is not None
+    assert losses.shape == (2, 5)
+    assert losses.isnan().all()
+    assert "GPT2Model, which has no output head" in caplog.text
 
 
 def test_transformers_source_is_whole_modules() -> None:

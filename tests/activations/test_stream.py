@@ -165,6 +165,19 @@ def test_special_tokens_and_first_positions_are_left_out(german_data: Path) -> N
     assert first > 50
 
 
+def test_text_of_special_tokens_alone_is_refused(german_data: Path) -> None:
+    """Instead of reading on for ever; and no pass is run of which nothing is kept."""
+    with initialize(ONE) as context:
+        model = MODELS["gpt2"]
+        special = range(dataset(german_data).vocab_size)
+        source = GPTSource(build_random(model, context), [LATE], context, seq_len=SEQ_LEN, special_ids=special)
+        recording = RecordingSource(source)
+        stream = ActivationStream(stream_config(model), recording, dataset(german_data), context)
+        with pytest.raises(DataError, match=r"10,000 sequences in a row hold nothing but .* \(1000 special ones"):
+            stream.next(LANES)
+        assert not recording.passes
+
+
 def test_order_follows_from_seed_and_buffer_alone(german_data: Path) -> None:
     """Not from the model, its hooks, or how many sequences it reads at once."""
     with initialize(ONE) as context:

@@ -298,7 +298,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("stream.lanes must divide the global batch", "16 does not divide 40 vectors"),
     ),
     "SAE, lanes and ramp-up": (
-        f"{SAE} parallel.global_batch_size=256 train.ramp_up={{{{start:64,increment:8,samples:900}}}} parallel.micro_batch_size=8",
+        f"{SAE} parallel.micro_batch_size=8 parallel.global_batch_size=96 train.ramp_up={{{{start:64,increment:8,samples:9}}}}",
         ("train.ramp_up passes a global batch of 72", "no multiple of stream.lanes=16", ".increment (now 64, 8)"),
     ),
     "crosscoder over stages": (

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,13 @@ from launch import fit
 from launch.check import check_config
 from launch.compose import compose_config
 from launch.fit import refuse_oversized
+from launch.resume import check_same_model
 from launch.sae_plan import kinds_of_ranks, show_sae_plan
 from launch.slurm import show_job
 from steerscale.errors import CheckpointError, ConfigError
 from steerscale.jobs.script import nodes_and_tasks
 from steerscale.rundir import create_run_dir
+from steerscale.sae.config import specs_of
 from steerscale.train.config import RunConfig
 from tests.launch.conftest import make_run
 
@@ -119,3 +121,26 @@ def test_checkpoint_is_pinned_until_another_run(workplace: Path, configure: Conf
         CheckpointError, match=r"was begun on the activations of .*step_00000010, which is no longer there"
     ):
         configure()
+
+
+@pytest.mark.parametrize("crosscoder", [False, True])
+def test_widths_of_a_transformers_models_modules_are_as_the_ranks_found_them(
+    crosscoder: bool, configure: Configure, tmp_path: Path
+) -> None:
+    """They are not the model's, and a run that reads them goes on; with another number of latents it is another."""
+    values = {"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 1}
+    (tmp_path / "hf").mkdir()
+    text = json.dumps({**values, "max_position_embeddings": 32, "vocab_size": 1000})
+    (tmp_path / "hf" / "config.json").write_text(text, encoding="utf-8")
+    hooks = ["a.up", "b"]
+    overrides = [f"sae.hooks=[{','.join(hooks)}]", f"sae.crosscoder={crosscoder}", "run_dir=mine"]
+    config = configure(*overrides, lm="hf")
+    assert config.sae is not None
+    specs = specs_of(config.sae, dict(zip(hooks, (33, 8))))
+    state = {"model": {spec.name: spec.shape for spec in specs}, "sae": {spec.name: asdict(spec) for spec in specs}}
+    checkpoint = tmp_path / "mine" / "checkpoints" / "step_00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    check_same_model(config)
+    with pytest.raises(ConfigError, match="width: "):
+        check_same_model(replace(config, sae=replace(config.sae, expansion=3, k=2)))

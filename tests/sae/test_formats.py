@@ -261,6 +261,8 @@ def test_llama_scope_topk_selects_by_value_times_decoder_norm(tmp_path: Path, x:
     [
         ({"norm_activation": "token-wise"}, "norm_activation='token-wise' is not supported; only dataset-wise"),
         ({"dataset_average_activation_norm": None}, "dataset_average_activation_norm=None is not supported"),
+        ({"dataset_average_activation_norm": {"in": 0, "out": 1}}, "'out': 1} is not supported; .* both positive"),
+        ({"d_model": 0}, "d_model=0 is not supported"),
         ({"use_glu_encoder": True}, "use_glu_encoder=True is not supported"),
         ({"act_fn": "tanh"}, "act_fn='tanh' is not supported; these are: jumprelu, topk, relu"),
         ({"jump_relu_threshold": None}, "the field 'jump_relu_threshold' is missing"),
@@ -366,4 +368,38 @@ def test_a_cut_off_npz(tmp_path: Path) -> None:
     path = tmp_path / "sae/params.npz"
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(CheckpointError, match="cannot be read"):
+        read_sae(tmp_path / "sae")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "wrong"),
+    [
+        ("topk", {"k": [4]}, r"k=\[4\] is not supported"),
+        ("topk", {"k": float("nan")}, "needs an integer k"),
+        ("topk", {"activation_fn_kwargs": True}, "'activation_fn_kwargs' must be of type dict"),
+        ("gated", {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm=True is not supported"),
+        ("relu", {"metadata": {"hook_name": 3}}, "hook_name=3 is not supported"),
+    ],
+)
+def test_saelens_configurations_that_are_refused(architecture: str, changes: dict, wrong: str, tmp_path: Path) -> None:
+    write_sae(random_sae(architecture), tmp_path / "sae")
+    config = json.loads((tmp_path / "sae/cfg.json").read_text())
+    (tmp_path / "sae/cfg.json").write_text(json.dumps(config | changes))
+    with pytest.raises((CheckpointError, ConfigError), match=wrong):
+        read_sae(tmp_path / "sae")
+
+
+def test_an_npz_that_is_understood_in_part_is_refused(tmp_path: Path) -> None:
+    write_sae(random_sae("jumprelu"), tmp_path / "sae", "gemma_scope")
+    path = tmp_path / "sae/params.npz"
+    arrays = dict(np.load(path))
+    np.savez(path, **{**arrays, "b_dec": np.zeros(())})
+    with pytest.raises(ConfigError, match=r"b_dec must have shape \[8\]"):
+        read_sae(tmp_path / "sae")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("w_enc.npy", b"")
+    raw = path.read_bytes()
+    method = raw.index(b"PK\x01\x02") + 10
+    path.write_bytes(raw[:method] + b"\x63\x00" + raw[method + 2 :])  # a way of compression that zipfile does not know
+    with pytest.raises(CheckpointError, match="cannot be read: That compression method"):
         read_sae(tmp_path / "sae")

@@ -1,19 +1,26 @@
 """Sweeps on one stream, transcoders, crosscoders, bf16 and what else an SAE's settings change."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
+from steerscale.checkpoint.store import load_state
 from steerscale.engines.config import EngineConfig
 from steerscale.errors import ConfigError
+from steerscale.parallel.context import initialize
+from steerscale.parallel.layout import ParallelLayout
 from steerscale.sae.config import SAEConfig, VariantConfig, specs_of
 from steerscale.testing.parity import SAE
 from steerscale.testing.ranks import RankPool
 from steerscale.train.config import TrainConfig
+from steerscale.train.sae import build_sae_task
 from tests.sae.training import ARCHITECTURES, HOOK, MODEL, Trained, sae_config, trained
+from tests.train.runs import newest
 
 STEPS = 12
 ONE: dict[str, Any] = {}
@@ -85,6 +92,20 @@ def test_variants_have_the_widths_they_ask_for(run: Run) -> None:
     assert widths == [128, 64, 128, 128, 3 * MODEL.d_model]
 
 
+def test_sae_keeps_its_own_count_of_updates_when_others_are_named_first(
+    pool: RankPool, lm: Path, german_data: Path, tmp_path: Path
+) -> None:
+    """One whose loss is infinite takes no step; Adam's correction follows from how many there were."""
+    fine, broken = VariantConfig(k=2), VariantConfig(architecture="relu", sparsity=3e38)
+    for steps, variants in ((4, [fine, broken]), (6, [broken, fine])):
+        sections = {"train": TrainConfig(steps=steps, eval_samples=1, max_skipped_in_row=9)}
+        config = sae_config(lm, german_data, tmp_path / "run", sections=sections, variants=variants)
+        trained(pool, config)
+    state, _ = load_state(newest(tmp_path / "run"))
+    counts = dict(zip(state["model"], state["applied_steps"]))
+    assert counts == {f"{HOOK}@{fine.label}": 6, f"{HOOK}@{broken.label}": 0}
+
+
 # --- what is read, and what is reconstructed
 
 EVERY: dict[str, Any] = {
@@ -101,6 +122,21 @@ CROSSCODER = {"hooks": ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"], "c
 def test_transcoder_and_crosscoder_on_ranks(kind: dict[str, Any], run: Run) -> None:
     settings = {**kind, **EVERY}
     _assert_close(run(TP2_DP2, **settings), run(ONE, **settings))
+
+
+def test_transcoder_backwards_through_a_transformers_model_is_refused(german_data: Path, tmp_path: Path) -> None:
+    """At the start, when the order of its modules is known, and not by the first evaluation."""
+    shape = transformers.GPT2Config(n_layer=2, n_embd=8, n_head=1, vocab_size=1000, n_positions=32)
+    transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path)
+    hooks, targets = ["transformer.h.1"], ["transformer.h.1.mlp"]  # a block's output comes after its MLP's
+    config = sae_config(tmp_path, german_data, tmp_path / "run", hooks=hooks, targets=targets)
+    assert config.stream is not None
+    config = replace(config, stream=replace(config.stream, lm_kind="transformers"))
+    with (
+        initialize(ParallelLayout()) as context,
+        pytest.raises(ConfigError, match=r"transformer\.h\.1\.mlp comes before transformer\.h\.1 in the model"),
+    ):
+        build_sae_task(config, context)
 
 
 def test_transcoder_reconstructs_its_target(run: Run) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from steerscale.errors import CheckpointError, ConfigError
 from steerscale.sae.weights import SAEWeights
 
-T = TypeVar("T", int, float, bool, str)
+T = TypeVar("T", int, float, bool, str, dict)
 
 _MISSING: Any = object()
 _FLOATS = ("F64", "F32", "F16", "BF16")

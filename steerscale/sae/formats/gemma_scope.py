@@ -125,7 +125,7 @@ def _read_rows(
     file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, axis: int, start: int, stop: int
 ) -> np.ndarray[Any, Any]:
     """Indices [start, stop) of an axis of a row-major array, in float32, block by block. Raises ValueError if cut off."""
-    rows, width = shape[0], shape[1:]
+    rows, width = (*shape, 1)[0], shape[1:]
     row_bytes = dtype.itemsize * prod(width)
     first, last = (start, stop) if axis == 0 else (0, rows)
     file.seek(first * row_bytes, 1)
@@ -146,7 +146,8 @@ def _open_npz(path: Path) -> Iterator[Tensors]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield _Npz(path, archive)
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+    # RuntimeError: zipfile's for what is encrypted, or compressed in a way that it does not know.
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 

@@ -7,8 +7,9 @@ reading, in the authors' order, since their one threshold is in the units that c
 """
 
 from dataclasses import replace
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,10 +77,16 @@ def _scales(fields: Fields) -> tuple[float, float]:
     norms = fields.values.get(_NORMS)
     if kind != "dataset-wise":
         raise fields.refuse("norm_activation", kind, "only dataset-wise is: another depends on the activations")
-    if not isinstance(norms, dict) or not all(isinstance(norms.get(key), int | float) for key in ("in", "out")):
-        raise fields.refuse(_NORMS, norms, 'expected {"in": number, "out": number}')
-    width = sqrt(fields.take("d_model", int))
+    if not isinstance(norms, dict) or not all(_is_positive(norms.get(key)) for key in ("in", "out")):
+        raise fields.refuse(_NORMS, norms, 'expected {"in": number, "out": number}, both positive')
+    if (d_model := fields.take("d_model", int)) <= 0:
+        raise fields.refuse("d_model", d_model, "a width is positive")
+    width = sqrt(d_model)
     return width / norms["in"], width / norms["out"]
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < inf
 
 
 def write(weights: SAEWeights, directory: Path) -> None:

@@ -62,26 +62,27 @@ def read(directory: Path, latents: slice | None) -> SAEWeights:
     if name not in _ARCHITECTURES:
         raise fields.refuse("architecture", name, f"these are: {', '.join(_ARCHITECTURES)}")
     architecture = _ARCHITECTURES[name]
-    details = metadata.get("training_architecture_details") or {}
     if name == "jumprelu":
         trained = metadata.get("training_architecture")
         architecture = next((ours for ours, theirs in _TRAINED_AS.items() if theirs == trained), architecture)
-    k = fields.values.get("k") or (fields.values.get("activation_fn_kwargs") or {}).get("k") or details.get("k")
     is_transcoder = name.endswith("transcoder")
     if fields.take("finetuning_scaling_factor", bool, False):
         raise fields.refuse("finetuning_scaling_factor", True, "fold it in SAELens first")
     with open_safetensors(directory / WEIGHTS) as file:
         reader = LatentReader(file, latents, name="W_enc", axis=1)
-        tensors = _tensors(reader, architecture, rescale=fields.take("rescale_acts_by_decoder_norm", bool, False))
+        rescale = fields.take("rescale_acts_by_decoder_norm", bool, False)
+        if rescale and architecture == "gated":
+            raise fields.refuse("rescale_acts_by_decoder_norm", True, "a gated SAE has no such thing")
+        tensors = _tensors(reader, architecture, rescale=rescale)
     return SAEWeights(
         architecture=architecture,
         **tensors,
-        k=k if architecture in ("topk", *_TRAINED_AS) else None,
+        k=_k(fields, metadata) if architecture in ("topk", *_TRAINED_AS) else None,
         subtract_b_dec=not is_transcoder and fields.take("apply_b_dec_to_input", bool, True),
         input_scale=_input_scale(fields, directory),
-        hook=metadata.pop("hook_name", None),
-        hook_out=metadata.pop("hook_name_out", None) if is_transcoder else None,
-        model=metadata.pop("model_name", None),
+        hook=_name_in(metadata, "hook_name", fields),
+        hook_out=_name_in(metadata, "hook_name_out", fields) if is_transcoder else None,
+        model=_name_in(metadata, "model_name", fields),
         metadata=metadata,
         **reader.position,
     )
@@ -97,6 +98,28 @@ def _metadata(fields: Fields) -> dict[str, Any]:
     if values.get("reshape_activations") not in (None, "none"):
         metadata["reshape_activations"] = values["reshape_activations"]
     return metadata
+
+
+def _name_in(metadata: dict[str, Any], key: str, fields: Fields) -> str | None:
+    """A name out of the metadata, where it does not stay."""
+    name = metadata.pop(key, None)
+    if name is not None and not isinstance(name, str):
+        raise fields.refuse(key, name, "a name is")
+    return name
+
+
+def _k(fields: Fields, metadata: dict[str, Any]) -> float | None:
+    """k by one of the places it has had; None: it is not said."""
+    details = metadata.get("training_architecture_details")
+    places = (
+        fields.values,
+        fields.take("activation_fn_kwargs", dict, {}),
+        details if isinstance(details, dict) else {},
+    )
+    k = next((place["k"] for place in places if place.get("k")), None)
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int | float)):
+        raise fields.refuse("k", k, "a number is")
+    return k
 
 
 def _architecture(fields: Fields) -> str:
@@ -188,9 +211,10 @@ def _write_metadata(weights: SAEWeights) -> dict[str, Any]:
     if weights.hook_out is not None:
         metadata["hook_name_out"] = weights.hook_out
     if weights.architecture in _TRAINED_AS:
+        details = weights.metadata.get("training_architecture_details")
         metadata["training_architecture"] = _TRAINED_AS[weights.architecture]
         metadata["training_architecture_details"] = {
-            **(weights.metadata.get("training_architecture_details") or {}),
+            **(details if isinstance(details, dict) else {}),
             "k": weights.k,
         }
     return metadata
