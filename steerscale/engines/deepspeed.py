@@ -175,6 +175,8 @@ class DeepSpeedEngine:
         if num_micro_batches != self.engine.gradient_accumulation_steps():
             layout = self.context.layout
             self.engine.set_train_batch_size(layout.micro_batch_size * layout.data * num_micro_batches)
+            # It updates after each micro-batch whose number is a multiple of GAS: with another GAS it has to count anew.
+            self.engine.micro_steps = 0
 
     def _loss_scale(self, micro_batches: Sequence[Any]) -> torch.Tensor:
         """GAS x DP / tokens of the global batch: what makes DeepSpeed's means over GAS and DP a mean over tokens.

@@ -116,9 +116,11 @@ def run(pool: RankPool, german_data: Path, tmp_path: Path) -> Callable[..., Curv
     return make
 
 
-def test_batch_grows(run: Callable[..., Curve], german_data: Path) -> None:
-    ramp = RampUpConfig(start=4, increment=4, samples=8)
-    configs = [config_of(german_data, 1, {"pipeline": 2})]
+@pytest.mark.parametrize("degrees", [{"pipeline": 2}, {"data": 2}], ids=str)
+def test_batch_grows(run: Callable[..., Curve], german_data: Path, degrees: dict[str, int]) -> None:
+    # After one smaller step, so that the number of micro-batches so far is no multiple of the new GAS.
+    ramp = RampUpConfig(start=4, increment=4, samples=4)
+    configs = [config_of(german_data, 1, degrees)]
     configs.append(replace(configs[0], engine=EngineConfig(), parallel=layout()))
     got, expected = (run(replace(config, train=replace(config.train, ramp_up=ramp))) for config in configs)
     assert_parity(replace(got, parameters=expected.parameters), expected)
