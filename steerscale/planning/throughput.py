@@ -16,7 +16,8 @@ FORMULAS: dict[str, str] = {
     "tokens_per_second_per_gpu": "GBS s / (seconds GPUs)",
     "model_tflops_per_gpu": "GBS s 6 (L [h (a+2g) d + a d h + k h f + a d s] + h V) / (seconds GPUs 1e12)",
     "hardware_tflops_per_gpu": (
-        "as model_tflops_per_gpu with V padded, and one more forward of the attention (selective) or the blocks (full)"
+        "as model_tflops_per_gpu with V padded, and one more forward of the attention (selective) or the blocks (full); "
+        "norms and activation functions are never counted (pointwise)"
     ),
     "mfu": "model_tflops_per_gpu / dense bf16 peak",
     "hfu": "hardware_tflops_per_gpu / dense bf16 peak",
