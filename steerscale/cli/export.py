@@ -35,13 +35,18 @@ def run_export(args: argparse.Namespace) -> None:
 
     from steerscale.checkpoint.store import STATE, load_state
     from steerscale.config import from_mapping
+    from steerscale.errors import ConfigError
     from steerscale.load import newest_checkpoint
     from steerscale.models.config import ModelConfig
     from steerscale.models.hf.export import parameter_names, write_hf
 
     checkpoint = args.source if (args.source / STATE).is_file() else newest_checkpoint(args.source)
     state, reader = load_state(checkpoint)
-    model = from_mapping(ModelConfig, state.get("model", {}), at="model")
+    if "num_layers" not in state.get("model", {}):
+        raise ConfigError(
+            f"{checkpoint} is of no GPT; `steerscale sae convert` writes sparse autoencoders in public formats"
+        )
+    model = from_mapping(ModelConfig, state["model"], at="model")
     names = parameter_names(model)
 
     def wholes() -> Iterator[tuple[str, torch.Tensor]]:

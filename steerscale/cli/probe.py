@@ -195,5 +195,5 @@ def _write(args: argparse.Namespace, probes: "list[Probe]", config: "ProbeConfig
         values = {"model": str(args.model), "task": args.task, "config": asdict(config), "probes": rows}
         write_json(args.output / RESULTS, json.loads(json.dumps(values)))
     except OSError as error:
-        raise DataError(f"probes cannot be written to {args.output}: {error.strerror}") from error
+        raise DataError(f"probes cannot be written to {args.output}: {error}") from error
     print(f"written: {args.output}", file=sys.stderr)

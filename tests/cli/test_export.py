@@ -60,6 +60,21 @@ def test_export_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "hf").exists()
 
 
+def test_export_refuses_what_it_should_not_write(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for token in ("-1", "61"):
+        assert main(["export", str(checkpoint), "-o", str(tmp_path / "hf"), "--eos-token-id", token]) == 2
+        assert f"0 to 60, got {token}" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+    assert main(["export", str(checkpoint), "-o", str(tmp_path / "hf")]) == 0
+    assert main(["export", str(checkpoint), "-o", str(tmp_path / "hf")]) == 2
+    assert "hf exists already: choose another output directory\n" in capsys.readouterr().err
+    (checkpoint / STATE).write_text(json.dumps({"model": {"blocks.2.hook_resid_post": {"width": 64}}}))
+    assert main(["export", str(checkpoint), "-o", str(tmp_path / "other")]) == 2
+    assert "is of no GPT" in capsys.readouterr().err
+
+
 def test_export_of_a_checkpoint_that_lacks_a_parameter_is_refused(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

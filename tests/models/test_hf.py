@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from steerscale.models.sharding import gather_parameters, named_shards
 from steerscale.parallel.context import initialize
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.testing.ranks import RankPool
+from tests.disks import small_disk
 from tests.models.conftest import export_random
 from tests.models.gpts import GPT2, LLAMA, MODELS, build, build_random, infer
 
@@ -158,16 +158,12 @@ def test_export_refuses_an_existing_directory_on_every_rank(pool: RankPool, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_failing_export_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("steerscale.models.hf.export.save_file", fail)
-    with initialize(ONE) as context:
+def test_failing_export_leaves_nothing_behind(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kib=64) as disk, initialize(ONE) as context:
         chunks = build_random(GPT2, context)
-        with pytest.raises(OSError, match="no space left"):
-            export_hf(chunks, context, tmp_path / "hf")
-    assert list(tmp_path.iterdir()) == []
+        with pytest.raises(DataError, match="No space left"):
+            export_hf(chunks, context, disk / "hf")
+        assert list(disk.iterdir()) == []
 
 
 def test_export_copies_the_tokenizer(tmp_path: Path) -> None:

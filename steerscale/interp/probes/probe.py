@@ -9,6 +9,7 @@ Shapes: V vectors, M d_model, C classes, H hidden.
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -114,12 +115,17 @@ class Probe:
 
 
 def write_probe(probe: Probe, directory: Path) -> None:
-    """Write its two files; the json file, without which a probe is not read, comes last."""
+    """Write its two files; the json file, without which a probe is not read, comes last. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.float().cpu().contiguous() for name, tensor in probe.tensors().items()}
-    save_file(tensors, directory / f"{probe.name}.safetensors")
+    weights, rest = (directory / f"{probe.name}.{kind}" for kind in ("safetensors", "json"))
+    try:
+        save_file(tensors, weights)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error  # a full disk, which has no error of its own there
     about = {key: value for key, value in vars(probe).items() if key not in _TENSORS}
-    write_json(directory / f"{probe.name}.json", {"format_version": FORMAT, **about, "classes": list(probe.classes)})
+    write_json(rest, {"format_version": FORMAT, **about, "classes": list(probe.classes)})
+    shutil.copymode(rest, weights)  # safetensors makes files private
 
 
 def probe_names(directory: Path) -> list[str]:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from steerscale.errors import CheckpointError, ConfigError
+from steerscale.config import require
+from steerscale.errors import CheckpointError, ConfigError, DataError
 from steerscale.models.config import ModelConfig
 from steerscale.models.gpt import GPT
 from steerscale.models.hf.families import family_of
@@ -56,10 +58,17 @@ def write_hf(
         eos_token_id: token at which generation ends; None leaves that to generation_config.json.
         max_file_bytes: begin a new file before one grows past this.
     Raises:
-        ConfigError: no architecture expresses the model, or the tokenizer directory holds no tokenizer.
-        DataError: `directory` exists.
+        ConfigError: no architecture expresses the model, it has no token `eos_token_id`, or the tokenizer directory holds no
+            tokenizer.
+        DataError: `directory` exists, or cannot be written.
     """
     model_type, family = family_of(model)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise DataError(f"{directory} exists already: choose another output directory")
+    require(
+        eos_token_id is None or 0 <= eos_token_id < model.tokens,
+        f"eos_token_id must be one of the model's tokens, 0 to {model.tokens - 1}, got {eos_token_id}",
+    )
     recipes = family.recipes(model)
     # Defaults of transformers for special tokens are those of the first models; better none than wrong ones.
     special = {"bos_token_id": None, "eos_token_id": eos_token_id, "pad_token_id": None}
@@ -142,7 +151,10 @@ def _write_tensors(
             name, whole = next(wholes)
             assert name == expected, (name, expected)
             tensors |= _file_tensors(recipes[name], whole.to(dtype))
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error  # a full disk, which has no error of its own there
         shutil.copymode(directory / "config.json", directory / file)  # safetensors makes files private
         where |= dict.fromkeys(tensors, file)
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())

@@ -11,6 +11,7 @@ from steerscale.errors import ConfigError, DataError
 from steerscale.interp.probes.control import control_labels
 from steerscale.interp.probes.fit import FitConfig, fit_probe, standardise, temperature
 from steerscale.interp.probes.probe import KINDS, Probe, calibration_error, probe_names, read_probe, score, write_probe
+from tests.disks import fill, small_disk
 
 HOOK, CLASSES = "blocks.1.hook_resid_post", ("a", "b", "c")
 
@@ -148,6 +149,16 @@ def test_probes_come_back_from_disk(kind: str, tmp_path: Path) -> None:
     assert torch.equal(back.logits(x_VM), probe.logits(x_VM))
     assert (back.hook, back.kind, back.classes, back.position, back.about) == (HOOK, kind, CLASSES, "mean", probe.about)
     assert probe_names(tmp_path) == [f"{HOOK}.{kind}"]
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1, "who may read one file may read the other"
+
+
+def test_probes_on_a_full_disk_are_an_error_of_the_disk(tmp_path: Path) -> None:
+    x_VM, y_V = draw(60)
+    probe = fit_probe(x_VM, y_V, CLASSES, hook=HOOK, kind="diff_means")
+    with small_disk(tmp_path / "disk", kib=16) as disk:
+        fill(disk)
+        with pytest.raises(OSError, match="No space left"):
+            write_probe(probe, disk)
 
 
 def test_reading_probes_says_what_is_wrong(tmp_path: Path) -> None:
