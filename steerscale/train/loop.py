@@ -159,19 +159,24 @@ class Loop:
             self.store.wait()  # what is being written is from before
             begin, end = self._positions(progress.skipped_from)
             skip = [*self._ranges_left_out(), [begin, end]]
+            advice = f"lower optim.lr, or leave the samples out with data.skip={str(skip).replace(' ', '')}"
+            if self.config.sae is not None:  # samples are vectors, which data.skip does not count
+                advice = "lower optim.lr, or see whether the language model's activations are finite"
             raise TrainingError(
-                f"{limit} steps in a row had a loss or gradient that was not finite, on samples {begin} to {end - 1}: lower "
-                f"optim.lr, or leave the samples out with data.skip={str(skip).replace(' ', '')}; the last checkpoint is "
-                "from before"
+                f"{limit} steps in a row had a loss or gradient that was not finite, on samples {begin} to {end - 1}: "
+                f"{advice}; the last checkpoint is from before"
             )
 
     def _positions(self, first: int) -> tuple[int, int]:
-        """Positions [begin, end) in the data of what was consumed from `first` on, as data.skip counts them."""
+        """Positions [begin, end) in the data of what was consumed from `first` on, as data.skip counts them; of vectors their
+        own numbers.
+        """
         begin, last = Skip(self._ranges_left_out())(np.array([first, self.progress.consumed_samples - 1]))
         return int(begin), int(last) + 1
 
     def _ranges_left_out(self) -> list[list[int]]:
-        return self.config.data.skip if self.config.data is not None else []
+        config = self.config
+        return config.data.skip if config.data is not None and config.sae is None else []
 
     def _report(self) -> None:
         window, progress = self._window, self.progress

@@ -10,17 +10,18 @@ import pytest
 import transformers
 
 from steerscale.checkpoint.store import load_state
+from steerscale.data.config import DataConfig
 from steerscale.engines.config import EngineConfig
-from steerscale.errors import ConfigError
+from steerscale.errors import ConfigError, TrainingError
 from steerscale.parallel.context import initialize
 from steerscale.parallel.layout import ParallelLayout
 from steerscale.sae.config import SAEConfig, VariantConfig, specs_of
 from steerscale.testing.parity import SAE
 from steerscale.testing.ranks import RankPool
-from steerscale.train.config import TrainConfig
+from steerscale.train.config import RunConfig, TrainConfig
 from steerscale.train.sae import build_sae_task
 from tests.sae.training import ARCHITECTURES, HOOK, MODEL, Trained, sae_config, trained
-from tests.train.runs import newest
+from tests.train.runs import newest, prepare, train
 
 STEPS = 12
 ONE: dict[str, Any] = {}
@@ -104,6 +105,25 @@ def test_sae_keeps_its_own_count_of_updates_when_others_are_named_first(
     state, _ = load_state(newest(tmp_path / "run"))
     counts = dict(zip(state["model"], state["applied_steps"]))
     assert counts == {f"{HOOK}@{fine.label}": 6, f"{HOOK}@{broken.label}": 0}
+
+
+def give_up(config: RunConfig) -> str:
+    """What a run says that cannot go on. For `RankPool.run`."""
+    with pytest.raises(TrainingError) as caught:
+        train(prepare(config))
+    return str(caught.value)
+
+
+def test_run_that_gives_up_names_vectors(pool: RankPool, lm: Path, german_data: Path, tmp_path: Path) -> None:
+    """data.skip counts sequences, it is no remedy here; what was left out by it is not among the vectors either."""
+    sections = {
+        "train": TrainConfig(steps=4, max_skipped_in_row=2),
+        "data": DataConfig(path=str(german_data), skip=[[0, 50]]),
+    }
+    config = sae_config(lm, german_data, tmp_path / "run", sections=sections, architecture="relu", sparsity=3e38)
+    (text,) = pool.run(give_up, config, ranks=1)
+    assert "on samples 0 to 127: lower optim.lr" in text
+    assert "data.skip" not in text
 
 
 # --- what is read, and what is reconstructed
