@@ -44,28 +44,35 @@ def run(args: argparse.Namespace) -> None:
     of_run = read_run(args.run_dir)
     steps = [read_trace(path) for path in find_traces(args.run_dir)]
     peak = args.peak_tflops if args.peak_tflops is not None else of_run.last("peak_tflops")
-    flops = model_flops_per_step(of_run)
+    flops = model_flops_of_steps(of_run, [step.step for step in steps])
     if args.json:
-        traces = [{**dataclasses.asdict(step), "longest": step.longest[: args.top]} for step in steps]
+        traces = [
+            {**dataclasses.asdict(step), "longest": step.longest[: args.top], "model_flops": own}
+            for step, own in zip(steps, flops or [None] * len(steps))
+        ]
         answer = {"run": of_run.name, "device": of_run.device, "layout": of_run.layout, "peak_tflops": peak}
-        print(json.dumps({**answer, "model_flops": flops, "steps": traces}, indent=1))
+        print(json.dumps({**answer, "steps": traces}, indent=1))
         return
     print(f"{of_run.name}: {of_run.layout} on {of_run.device}")
     print("\n".join([*_table(steps), *_bounds(steps, flops=flops, peak=peak), *_longest(steps[-1], args.top)]))
 
 
-def model_flops_per_step(of_run: "Run") -> float | None:
-    """Model FLOPs of a step of one rank, the batch at its full size; None of an SAE run."""
+def model_flops_of_steps(of_run: "Run", steps: Sequence[int]) -> list[float] | None:
+    """Model FLOPs of one rank in each of these steps, with the batch they had; None of an SAE run."""
     from steerscale.config import from_mapping
     from steerscale.planning.flops import model_flops_per_token
-    from steerscale.train.config import RunConfig
+    from steerscale.train.config import RunConfig, total_samples
 
     config = from_mapping(RunConfig, of_run.config)
     if config.sae is not None:
         return None
     layout = config.layout()
-    tokens = layout.global_batch_size * config.model.seq_len
-    return model_flops_per_token(config.model) * tokens / layout.world_size
+    per_sequence = model_flops_per_token(config.model) * config.model.seq_len / layout.world_size
+    batches = [
+        total_samples(config.train.ramp_up, layout, step) - total_samples(config.train.ramp_up, layout, step - 1)
+        for step in steps
+    ]
+    return [per_sequence * batch for batch in batches]
 
 
 def _table(steps: "Sequence[StepTrace]") -> list[str]:
@@ -94,9 +101,8 @@ def _share(seconds: float, step: "StepTrace") -> str:
     return f"{seconds / step.seconds:.1%}"
 
 
-def _bounds(steps: "Sequence[StepTrace]", *, flops: float | None, peak: float | None) -> list[str]:
-    """What the matrix products and the whole step reach, and the peak's share of it."""
-    seconds = median(step.seconds for step in steps)
+def _bounds(steps: "Sequence[StepTrace]", *, flops: list[float] | None, peak: float | None) -> list[str]:
+    """What the matrix products and the whole step reach, and the peak's share of it: medians over the steps."""
     lines = []
     products = [(step.gemm_flops, step.parts["GEMM"]) for step in steps if step.gemm_flops and step.parts["GEMM"]]
     if products:
@@ -104,12 +110,13 @@ def _bounds(steps: "Sequence[StepTrace]", *, flops: float | None, peak: float | 
         rate = median(amount / spent for amount, spent in products) / 1e12
         lines.append(f"GEMM       {done:.4g} FLOPs at {rate:.4g} TFLOP/s{_of_peak(rate, peak)}")
     if flops is not None:
-        rate = flops / seconds / 1e12
-        lines.append(f"step       {flops:.4g} model FLOPs at {rate:.4g} TFLOP/s{_of_peak(rate, peak)}")
+        rate = median(own / step.seconds for own, step in zip(flops, steps)) / 1e12
+        lines.append(f"step       {median(flops):.4g} model FLOPs at {rate:.4g} TFLOP/s{_of_peak(rate, peak)}")
     if peak is not None and flops is not None:
-        least = flops / peak / 1e12
+        least = [own / peak / 1e12 for own in flops]
+        factor = median(step.seconds / own for step, own in zip(steps, least))
         lines.append(
-            f"roofline   {least * 1e3:,.2f} ms at {peak:g} TFLOP/s; this step took {seconds / least:.2f} times that"
+            f"roofline   {median(least) * 1e3:,.2f} ms at {peak:g} TFLOP/s; a step took {factor:.2f} times that"
         )
     if peak is None:
         lines.append("roofline   the device's peak is not known: give --peak-tflops")

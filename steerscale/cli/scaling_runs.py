@@ -30,7 +30,8 @@ def points_of_runs(paths: Sequence[Path], *, moments: bool = False) -> tuple[lis
     """
     points: list[Point] = []
     warnings: list[str] = []
-    shapes: dict[str, tuple[int, int]] = {}
+    vocabularies: dict[int, str] = {}
+    lengths: set[int] = set()
     for run in scan_runs(paths):
         if isinstance(run, BrokenRun):
             warnings.append(f"{run.path.name} is left out: {run.reason}")
@@ -41,16 +42,15 @@ def points_of_runs(paths: Sequence[Path], *, moments: bool = False) -> tuple[lis
         except SteerscaleError as error:
             warnings.append(f"{run.name} is left out: {error}")
             continue
-        shapes[run.name] = config.model.tokens, config.model.seq_len
-    vocabularies = {vocabulary: name for name, (vocabulary, _) in shapes.items()}
+        vocabularies[config.model.tokens] = run.name
+        lengths.add(config.model.seq_len)
     if len(vocabularies) > 1:
         listed = ", ".join(f"{name} ({vocabulary:,} tokens)" for vocabulary, name in vocabularies.items())
         raise DataError(f"losses in nats a token of different vocabularies cannot be compared: {listed}")
-    lengths = sorted({length for _, length in shapes.values()})
     if len(lengths) > 1:
         warnings.append(
-            f"the runs have sequences of {lengths[0]:,} to {lengths[-1]:,} tokens: more context lowers the loss, and the law "
-            "takes it for something else"
+            f"the runs have sequences of {min(lengths):,} to {max(lengths):,} tokens: more context lowers the loss, and the "
+            "law takes it for something else"
         )
     return points, warnings
 

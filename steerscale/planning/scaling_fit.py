@@ -95,6 +95,7 @@ def fit_law(
     require(len(starts) > 0, "fit_law needs at least one start")
     require(0 < level < 1, f"--level must be between 0 and 1, got {level}")
     require(bootstrap >= 0, f"--bootstrap must not be negative, got {bootstrap}")
+    require(seed >= 0, f"--seed must not be negative, got {seed}")
     require(math.isfinite(delta) and delta > 0, f"--delta must be positive, got {delta}")
     check_points(points, needed=LEAST_POINTS, purpose="a parametric fit")
     for key, what in (("parameters", "sizes"), ("tokens", "numbers of tokens")):

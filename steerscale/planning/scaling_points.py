@@ -100,7 +100,7 @@ def _point(path: Path, number: int, row: dict[str, str], columns: dict[str, str]
 def check_points(points: Sequence[Point], *, needed: int, purpose: str) -> None:
     """Whether a fit of `needed` points or more makes sense. Raises DataError saying what is wrong."""
     for point in points:
-        for key in ("parameters", "tokens", "loss"):
+        for key in ("parameters", "tokens", "loss", "flops"):
             value = getattr(point, key)
             if not (math.isfinite(value) and value > 0):
                 raise DataError(f"{point.name}: {key} must be a positive number, got {value}; leave out what diverged")

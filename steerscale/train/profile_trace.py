@@ -96,7 +96,7 @@ def read_trace(path: Path) -> StepTrace:
         if place is None:
             raise ValueError(f"its name is not rankN.STEP{SUFFIX}")
         return _add_up(events, rank=place[0], step=place[1])
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} cannot be read as a trace of torch's profiler: {type(error).__name__}: {error}"
         ) from error

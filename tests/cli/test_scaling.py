@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from steerscale.cli import main
+from steerscale.cli.scaling_runs import points_of_runs
 from steerscale.config import from_mapping, load_yaml
+from steerscale.errors import DataError
 from steerscale.metrics import Recorder
 from steerscale.models.config import ModelConfig
 from steerscale.planning.scaling_laws import REFIT, ParametricLaw
@@ -255,6 +257,14 @@ def test_runs_of_other_data_are_not_mixed(
     make_run(runs / "longer", width=32, steps=200, seq_len=512)
     warnings = answer(capsys, "scaling", "fit", str(runs), "--bootstrap", "0")["warnings"]
     assert any("sequences of 256 to 512 tokens" in text for text in warnings)
+
+
+def test_runs_of_one_name_and_several_vocabularies_are_not_mixed(tmp_path: Path) -> None:
+    for directory, vocab_size in (("a", 4000), ("b", 5000)):
+        (tmp_path / directory).mkdir()
+        make_run(tmp_path / directory / "run", width=32, steps=100, vocab_size=vocab_size)
+    with pytest.raises(DataError, match="of different vocabularies cannot be compared"):
+        points_of_runs([tmp_path])
 
 
 def test_fit_refuses_with_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -40,6 +40,14 @@ def huber(law: ParametricLaw, points: list[Point]) -> float:
     return sum(error**2 / 2 if error <= 1e-3 else 1e-3 * (error - 5e-4) for error in errors)
 
 
+def test_points_beyond_numbers_and_negative_seeds_are_refused() -> None:
+    points = trained()
+    with pytest.raises(DataError, match="flops must be a positive number, got inf"):
+        fit_law([*points, Point(parameters=1e300, tokens=1e300, loss=2.0)])
+    with pytest.raises(ConfigError, match="--seed must not be negative, got -1"):
+        fit_law(points, seed=-1)
+
+
 @pytest.fixture(scope="module")
 def published() -> list[Point]:
     """The 240 points that Besiroglu et al. fit: without the five of highest loss."""

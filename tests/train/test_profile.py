@@ -15,7 +15,7 @@ from steerscale.metrics import read_records
 from steerscale.planning.flops import model_flops_per_token
 from steerscale.rundir import KERNELS
 from steerscale.testing.ranks import RankPool
-from steerscale.train.config import MetricsConfig, TrainConfig
+from steerscale.train.config import MetricsConfig, RampUpConfig, TrainConfig
 from steerscale.train.profile import StepProfiler
 from steerscale.train.profile_config import ProfileConfig
 from steerscale.train.profile_trace import (
@@ -72,7 +72,7 @@ def test_a_run_traces_the_steps_and_ranks_it_was_told_to(
         assert part in text
     assert main(["profile", str(run_dir), "--json", "--top", "2"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["model_flops"] == pytest.approx(whole / 2)
+    assert [step["model_flops"] for step in answer["steps"]] == pytest.approx([whole / 2] * 2)
     assert [len(step["longest"]) for step in answer["steps"]] == [2, 2]
 
 
@@ -166,10 +166,30 @@ def test_names_have_categories(name: str, category: str) -> None:
     assert category_of(name) == category
 
 
+def test_a_step_of_the_ramp_up_has_the_flops_of_its_own_batch(
+    german_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ramp_up = RampUpConfig(start=2, increment=2, samples=8)
+    config = run_config(
+        german_data, tmp_path / "run", train=TrainConfig(steps=12, eval_interval=0, eval_samples=2, ramp_up=ramp_up)
+    )
+    run_dir = prepare(config)
+    for step in (1, 12):
+        events = [event(step_name(step), 0, 1e6, cat="user_annotation", tid=1)]
+        write(run_dir, events, name=f"rank0.{step}{SUFFIX}")
+    assert main(["profile", str(run_dir), "--json"]) == 0
+    first, last = (step["model_flops"] for step in json.loads(capsys.readouterr().out)["steps"])
+    batch = config.layout().global_batch_size
+    assert last == model_flops_per_token(MODEL) * batch * MODEL.seq_len
+    assert first == last * 2 / batch
+
+
 def test_what_is_no_trace_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError, match=r"has no traces: run with profile\.steps"):
         find_traces(tmp_path)
-    for events in ([], [event(step_name(4), 0, 1, cat="user_annotation")]):
+    whole = event(step_name(3), 0, 9, cat="user_annotation")
+    scalar = {**event("aten::mm", 1, 2, cat="cpu_op"), "args": {"Input Dims": [[], []]}}
+    for events in ([], [event(step_name(4), 0, 1, cat="user_annotation")], [whole, scalar], ["text"]):
         with pytest.raises(DataError, match=r"rank0\.3.* cannot be read as a trace"):
             read_trace(write(tmp_path, events))
     path = write(tmp_path, [])
