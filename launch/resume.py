@@ -18,6 +18,7 @@ MEANINGS = {
     "seed": OTHER_ORDER,
     "data": OTHER_ORDER,
     "data.skip": OTHER_ORDER,
+    "data.random_offset": OTHER_ORDER,
     "data.reset_at_document_end": "the same samples are read in another way from here",
     "data.mask_document_end": "the same samples are read in another way from here",
     "parallel.global_batch_size": "the same samples follow, grouped into other steps",
@@ -108,6 +109,7 @@ def _facts(config: Mapping[str, Any]) -> dict[str, str]:
     facts = {
         "seed": config.get("seed"),
         "data.skip": data.get("skip", []),
+        "data.random_offset": data.get("random_offset", True),
         "data.reset_at_document_end": data.get("reset_at_document_end", False),
         "data.mask_document_end": data.get("mask_document_end", False),
         "parallel.global_batch_size": size,

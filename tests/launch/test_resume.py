@@ -40,6 +40,7 @@ def test_same_run_and_other_layouts_go_on_without_a_word(run_dir: Path, german_d
     [
         ("seed=7", ("seed=7, before it was seed=1234", "some may come twice")),
         ("data.skip=[[3,4]]", ("data.skip=[[3, 4]], before it was data.skip=[]",)),
+        ("data.random_offset=false", ("data.random_offset=false, before it was data.random_offset=true",)),
         ("data.mask_document_end=true", ("data.mask_document_end=true, before it was", "=false")),
         ("data.reset_at_document_end=true", ("data.reset_at_document_end=true, before it was",)),
         (
