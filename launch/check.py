@@ -141,7 +141,7 @@ def _check_run_dir(config: RunConfig) -> None:
     if not parent.is_dir():
         raise ConfigError(f"run_dir={run_dir} cannot be made: {parent} is a file; choose another with run_dir=...")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"run_dir={run_dir} cannot be written: {parent} belongs to someone else; choose another")
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {parent} is not writable here; choose another")
     check_same_model(config)
 
 

@@ -111,8 +111,9 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
         except HydraException as error:
             mapping = "; keys inside {} stand without quotes" if "{'" in text or '{"' in text else ""
             raise ConfigError(
-                f"{text!r} cannot be read as key=value: close what is opened, and put a value with blanks or any of "
-                f"~ , = : {{ }} [ ] ( ) in quotes that the shell passes on, like \"name='a (b)'\"{mapping}"
+                f"{text!r} cannot be read as key=value: close what is opened, and put a value with blanks, other letters "
+                "than a to z, or any of ~ , = : { } [ ] ( ) in quotes that the shell passes on, like \"name='a (b)'\""
+                f"{mapping}"
             ) from error
     return parsed
 

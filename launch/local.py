@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from steerscale.errors import LaunchError, SteerscaleError
-from steerscale.rundir import Status, lock, log_path, read_errors, read_status, write_status
+from steerscale.rundir import Status, hold, log_path, read_errors, read_status, write_status
 from steerscale.train.config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +29,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LAST_BREATH_SECONDS = 10.0
 """After the first rank failed, time for the others to notice, fail by themselves and leave word of it."""
 POLL_SECONDS = 0.05
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE")
+"""Variables that make ranks look for a world of torchrun's; those of the shell are of another one."""
 INTERRUPTED = 130
 """Exit status after a second Ctrl-C, as shells count."""
 
@@ -58,22 +60,25 @@ def run_local(config: RunConfig, *, in_process: bool = True) -> int:
     Args:
         in_process: run a single rank in this process; False: in one of its own, as several ranks always are.
 
-    Raises SystemExit if the user asked a second time to stop: whatever would have come after this run is off, too.
+    Raises SystemExit if the ranks failed or were killed after the user had asked to stop: whatever would have come after this
+    run is off, too.
     """
     run_dir = Path(config.run_dir)
-    with lock(run_dir):
+    with hold(run_dir, config):
         try:
-            here = in_process and config.num_ranks() == 1
-            failures = _run_here(run_dir, config) if here else _run_ranks(run_dir, config)
+            if in_process and config.num_ranks() == 1:
+                failures, asked = _run_here(run_dir, config), False  # nothing comes after it
+            else:
+                failures, asked = _run_ranks(run_dir, config)
         except Killed as killed:
             report_failure(run_dir, config, f"FAILED: {killed}\n  {GO_ON}")
-            if killed.by_user:
-                raise SystemExit(INTERRUPTED) from None
-            return 1
+            raise SystemExit(INTERRUPTED if killed.by_user else 1) from None
         if not failures:
             return 0
         summary, status = summarize_failure(run_dir, failures)
         report_failure(run_dir, config, summary)
+        if asked:
+            raise SystemExit(status)
         return status
 
 
@@ -91,17 +96,23 @@ def report_failure(run_dir: Path, config: RunConfig, summary: str) -> None:
 def _run_here(run_dir: Path, config: RunConfig) -> list[Failure]:
     # Imported this late, and by name: it brings torch, which nothing else in the launcher needs.
     worker = importlib.import_module(WORKER)
+    shell = {name: os.environ.pop(name) for name in TORCHRUN if name in os.environ}
     try:
         status = worker.run_alone(run_dir, threads=_threads(config))
     except KeyboardInterrupt:
         raise Killed("interrupted by a second Ctrl-C", by_user=True) from None
+    except OSError as error:  # of the log: others are told there
+        raise LaunchError(f"run_dir={run_dir} cannot be written: {error}") from error
+    finally:
+        os.environ.update(shell)
     return [Failure(rank=0, status=status, time=time.time())] if status else []
 
 
-def _run_ranks(run_dir: Path, config: RunConfig) -> list[Failure]:
+def _run_ranks(run_dir: Path, config: RunConfig) -> tuple[list[Failure], bool]:
+    """What failed, and whether a stop had been asked for."""
     ranks = Ranks(run_dir, config)
     with ranks.running():
-        return ranks.wait()
+        return ranks.wait(), ranks.asked is not None
 
 
 def _threads(config: RunConfig) -> int:
@@ -113,9 +124,10 @@ class Ranks:
 
     def __init__(self, run_dir: Path, config: RunConfig) -> None:
         self.processes: list[subprocess.Popen] = []
+        self.asked: int | None = None
+        """The first signal that asked for a stop."""
         self._run_dir, self._config = run_dir, config
         self._deadline: float | None = None
-        self._asked: int | None = None
         self._killed = False
 
     @contextlib.contextmanager
@@ -159,7 +171,7 @@ class Ranks:
     def _start(self) -> None:
         size = self._config.num_ranks()
         environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name not in TORCHRUN},
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
             "WORLD_SIZE": str(size),
@@ -183,15 +195,15 @@ class Ranks:
             raise LaunchError(f"rank {len(self.processes)} of {size} could not be started: {error}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if self._asked is not None:  # another thread of this process may have taken it before all ranks were there
-            self._send(self._asked)
+        if self.asked is not None:  # another thread of this process may have taken it before all ranks were there
+            self._send(self.asked)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.asked = self.asked or number
         if self._deadline is not None:
             self._kill()
             return
         self._deadline = time.monotonic() + self._config.launcher.grace_seconds
-        self._asked = number
         self._send(number)
         print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
 

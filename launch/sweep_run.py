@@ -71,8 +71,7 @@ def _one_by_one(sweep: Sweep, points: Sequence[Point], launch: Launch, *, record
         else:
             if recorded:
                 run_dir = Path(point.config.run_dir)
-                seen = observe_runs([run_dir])[run_dir]
-                state = seen.state if seen is not None else "unreadable"
+                state = observe_runs([run_dir])[run_dir].state
         worst = max(worst, 0 if state == "oom" else status)
         if state == "stopped":
             left = len(points) - number
@@ -139,10 +138,8 @@ def _missing(sweep: Sweep) -> list[Point]:
     ]
 
 
-def _is_missing(point: Point, run_dir: Path, seen: Observation | None, *, retry: bool) -> bool:
+def _is_missing(point: Point, run_dir: Path, seen: Observation, *, retry: bool) -> bool:
     assert point.config is not None
-    if seen is None:
-        return True  # the launcher says what is wrong with it
     if seen.state in LIVE_STATES:
         return False
     ended = seen.state == "finished" and seen.step >= point.config.train.steps

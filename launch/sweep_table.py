@@ -52,14 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def observe_runs(run_dirs: Sequence[Path]) -> dict[Path, Observation | None]:
-    """How these runs stand, Slurm asked once for all; None where a status cannot be read."""
-    try:
-        return dict(zip(run_dirs, observe(run_dirs)))
-    except SteerscaleError:
-        if len(run_dirs) == 1:
-            return {run_dirs[0]: None}
-        return {run_dir: observe_runs([run_dir])[run_dir] for run_dir in run_dirs}
+def observe_runs(run_dirs: Sequence[Path]) -> dict[Path, Observation]:
+    """How these runs stand, Slurm asked once for all."""
+    return dict(zip(run_dirs, observe(run_dirs)))
 
 
 def read_table(directory: Path) -> list[Row]:
@@ -81,14 +76,14 @@ def read_table(directory: Path) -> list[Row]:
     )
 
 
-def _row(entry: Entry, run_dir: Path, seen: Mapping[Path, Observation | None]) -> Row:
+def _row(entry: Entry, run_dir: Path, seen: Mapping[Path, Observation]) -> Row:
     if run_dir not in seen:
         state = SPOKEN.get(entry.verdict, "not started")
         return Row(entry=entry, run_dir=run_dir, state=state, reason=entry.reason)
     # What was run all the same, with launcher.force=true say, has a result.
     observation, run = seen[run_dir], read_or_broken(run_dir)
-    if observation is None or not isinstance(run, Run):
-        reason = "its status cannot be read" if isinstance(run, Run) else run.reason
+    if observation.state == "unreadable" or not isinstance(run, Run):
+        reason = observation.reason if isinstance(run, Run) else run.reason
         return Row(entry=entry, run_dir=run_dir, state="unreadable", reason=reason)
     return Row(
         entry=entry,

@@ -38,6 +38,8 @@ from steerscale.jobs.submit import refuse_live
 from steerscale.rundir import create_run_dir
 from steerscale.train.config import RunConfig
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells count."""
 OPTIONS = ("--help", "--multirun", "--cfg", "--config-name")
 
 
@@ -65,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SteerscaleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # between runs, or before one; ranks are asked to stop (`launch.local`)
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def launch(config: RunConfig, *, in_process: bool = True) -> int:
@@ -90,8 +95,7 @@ def launch(config: RunConfig, *, in_process: bool = True) -> int:
     from launch.local import run_local
 
     run_dir = Path(config.run_dir)
-    refuse_live([run_dir])
-    existed = create_run_dir(run_dir, config, command=sys.argv)
+    existed = create_run_dir(run_dir, config, command=sys.argv, check=functools.partial(refuse_live, [run_dir]))
     print(f"{'resuming' if existed else 'new run'}: {run_dir}", flush=True)
     return run_local(config, in_process=in_process)
 

@@ -118,6 +118,8 @@ def _scalar(hint: Any, value: Any, at: str) -> Any:
             number = float(value)
         except ValueError:
             pass
+        except OverflowError:
+            raise ConfigError(f"{at} must be a finite number, got {value!r}") from None
         else:
             # No setting of ours means anything at infinity, and comparisons with nan would let it through checks.
             if math.isfinite(number):

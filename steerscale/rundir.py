@@ -15,16 +15,17 @@ import json
 import logging
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from steerscale import __version__
 from steerscale.config import dump_yaml, load_yaml
@@ -55,35 +56,58 @@ class Status:
     """The kind of failure in a word, where one is known: oom, restarts, cancelled, timeout."""
 
 
-def create_run_dir(run_dir: Path, config: Any, *, command: Sequence[str]) -> bool:
-    """Write a new run directory, or take up an existing one; returns whether it existed.
+def create_run_dir(
+    run_dir: Path, config: Any, *, command: Sequence[str], check: Callable[[], None] = lambda: None
+) -> bool:
+    """Write a new run directory, or take up an existing one; returns whether it existed. To use it, `hold` it. `check`
+    may refuse an existing one before it is changed, and while nobody else can change it.
 
-    A new one appears whole (written beside it and renamed). Raises ConfigError if `run_dir` is something else.
+    A new one appears whole (written beside it and renamed). Raises ConfigError if `run_dir` is something else, LaunchError if
+    it cannot be written.
     """
     text = dump_yaml(config)
     environment = json.dumps(describe_environment(command), indent=1)
-    if run_dir.exists():
+    try:
+        if not run_dir.exists() and _create(run_dir, text, environment):
+            return False
         if not (run_dir / CONFIG).is_file():
             raise ConfigError(
                 f"run_dir={run_dir} exists and is no run directory: choose another with run_dir=... or name=..."
             )
         with lock(run_dir):  # a run that is going on keeps its files
+            check()
             _renew(run_dir, text, environment)
-        return True
-    temporary = run_dir.with_name(f".{run_dir.name}.{os.getpid()}")
-    (temporary / "logs").mkdir(parents=True)
-    (temporary / CONFIG).write_text(text, encoding="utf-8")
-    (temporary / ENVIRONMENT).write_text(environment, encoding="utf-8")
-    write_status(temporary, Status(state="created"))
-    temporary.rename(run_dir)
-    return False
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise LaunchError(f"run_dir={run_dir} cannot be written: {reason}; choose another, or mend that") from error
+    return True
+
+
+def _create(run_dir: Path, config: str, environment: str) -> bool:
+    """Write a new run directory; False if another start has made it meanwhile."""
+    # Names have room for 255 bytes.
+    temporary = run_dir.with_name(f".{run_dir.name[:50]}.{os.getpid()}")
+    try:
+        (temporary / "logs").mkdir(parents=True)
+        (temporary / CONFIG).write_text(config, encoding="utf-8")
+        (temporary / ENVIRONMENT).write_text(environment, encoding="utf-8")
+        write_text(temporary / STATUS, _status_text(Status(state="created")))
+        temporary.rename(run_dir)
+    except OSError:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        if (run_dir / CONFIG).is_file():
+            return False
+        raise
+    return True
 
 
 def _renew(run_dir: Path, config: str, environment: str) -> None:
     """Make an existing run directory ready for another start."""
     before = (run_dir / CONFIG).read_text(encoding="utf-8")
     if before != config:
-        number = len(list(run_dir.glob("config.*.yaml")))
+        numbers = [path.name.split(".")[1] for path in run_dir.glob("config.*.yaml")]
+        number = max((int(text) for text in numbers if text.isdecimal()), default=-1) + 1
         # The old one is copied, the new one replaces it at once: a crash in between leaves a run directory.
         write_text(run_dir / f"config.{number}.yaml", before)
         write_text(run_dir / CONFIG, config)
@@ -98,18 +122,45 @@ def lock(run_dir: Path) -> Iterator[None]:
 
     Raises ConfigError if another process holds it.
     """
-    import fcntl
-
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context((run_dir / ".lock").open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_file(file)
         except BlockingIOError:
             raise ConfigError(
                 f"run_dir={run_dir} is in use by a running launcher: wait for it or choose another"
             ) from None
         except OSError as error:
             raise LaunchError(f"{run_dir / '.lock'} cannot be locked: {error}") from error
+        yield
+
+
+def _lock_file(file: TextIO) -> None:
+    """Lock it within a moment: whoever looks whether it is held (`is_held`) holds it so long. Raises BlockingIOError."""
+    import fcntl
+
+    for attempt in range(10):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if attempt == 9:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+@contextlib.contextmanager
+def hold(run_dir: Path, config: Any) -> Iterator[None]:
+    """`lock` a run directory that `create_run_dir` has made for `config`.
+
+    Raises ConfigError if another process holds it, or has put a configuration of its own there in the moment between.
+    """
+    with lock(run_dir):
+        if (run_dir / CONFIG).read_text(encoding="utf-8") != dump_yaml(config):
+            raise ConfigError(
+                f"run_dir={run_dir} was just taken up by another start with other settings: choose another, or start again"
+            )
         yield
 
 
@@ -136,11 +187,15 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 def write_status(run_dir: Path, status: Status) -> None:
     """Replace status.json. A disk that is full leaves the old one: a status is not worth a run, so there is only a warning."""
-    content = {**asdict(status), "updated": round(time.time(), 3), "host": socket.gethostname()}
     try:
-        write_text(run_dir / STATUS, json.dumps(content, indent=1) + "\n")
+        write_text(run_dir / STATUS, _status_text(status))
     except OSError as error:
         logger.warning("%s was not updated: %s", run_dir / STATUS, error)
+
+
+def _status_text(status: Status) -> str:
+    content = {**asdict(status), "updated": round(time.time(), 3), "host": socket.gethostname()}
+    return json.dumps(content, indent=1) + "\n"
 
 
 def read_status(run_dir: Path) -> Status:

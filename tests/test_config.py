@@ -69,6 +69,7 @@ def test_missing_key_is_named_in_full() -> None:
         ({"inner": {"width": None}}, "inner.width must be a whole number, got None"),
         ({"inner": {"width": 1, "rate": "fast"}}, "inner.rate must be a number, got 'fast'"),
         ({"inner": {"width": 1, "rate": True}}, "inner.rate must be a number, got True"),
+        ({"inner": {"width": 1, "rate": 10**400}}, f"inner.rate must be a finite number, got 1{'0' * 400}"),
         ({"inner": 3}, "inner must be a mapping, got 3"),
         ({"enabled": 1}, "enabled must be true or false, got 1"),
         ({"enabled": "yes"}, "enabled must be true or false, got 'yes'"),

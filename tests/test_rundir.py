@@ -1,7 +1,9 @@
 """The run directory: what is in it is whole, and a run that is going on keeps it."""
 
+import fcntl
 import json
 import os
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,8 @@ from steerscale.rundir import (
     Status,
     clear_error,
     create_run_dir,
+    hold,
+    is_held,
     lock,
     log_path,
     read_config,
@@ -187,3 +191,65 @@ def test_errors_of_memory_are_told_apart(error: Exception, expected: bool, tmp_p
     (tmp_path / "logs").mkdir()
     write_error(tmp_path, 3, error)
     assert [(word["rank"], word["oom"]) for word in read_errors(tmp_path)] == [(3, expected)]
+
+
+def test_a_long_name_is_no_obstacle(tmp_path: Path, config: RunConfig) -> None:
+    path = tmp_path / ("ä" * 120)
+    assert create_run_dir(path, config, command=[]) is False
+    assert names(tmp_path) == [path.name]
+
+
+def test_nothing_is_left_where_a_new_directory_does_not_fit(tmp_path: Path, config: RunConfig) -> None:
+    with small_disk(tmp_path / "disk", kib=64) as disk:
+        filler = fill(disk)
+        os.truncate(filler, filler.stat().st_size - 8192)  # room for a file, not for all
+        with pytest.raises(LaunchError, match=rf"run_dir={disk}/a cannot be written: No space left on device"):
+            create_run_dir(disk / "a", config, command=["x" * 9000])
+        assert names(disk) == ["filler"]
+
+
+def test_of_two_starts_at_once_one_gets_the_directory(
+    run_dir: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(config, seed=7)
+    # The first one looks before the second one has made the directory.
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda self: False)
+        assert create_run_dir(run_dir, other, command=[]) is True
+    assert names(run_dir.parent) == ["a"]
+    with pytest.raises(ConfigError, match="just taken up by another start with other settings"), hold(run_dir, config):
+        pass
+    with hold(run_dir, other), pytest.raises(ConfigError, match="in use"), hold(run_dir, other):
+        pass
+
+
+def test_a_refusal_leaves_an_existing_directory_as_it_was(run_dir: Path, config: RunConfig) -> None:
+    def refuse() -> None:
+        with pytest.raises(ConfigError, match="in use"), lock(run_dir):
+            pass
+        raise ConfigError("it has a job")
+
+    before = (run_dir / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="it has a job"):
+        create_run_dir(run_dir, replace(config, seed=7), command=[], check=refuse)
+    assert (run_dir / "config.yaml").read_text() == before
+
+
+def test_looking_at_a_run_does_not_keep_it_from_starting(run_dir: Path) -> None:
+    with lock(run_dir):
+        assert is_held(run_dir)
+    with (run_dir / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as `is_held` does for a moment
+        threading.Timer(0.05, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        with lock(run_dir):
+            pass
+
+
+def test_an_old_configuration_is_never_overwritten(run_dir: Path, config: RunConfig) -> None:
+    for seed in range(3):
+        create_run_dir(run_dir, replace(config, seed=seed), command=[])
+    (run_dir / "config.0.yaml").unlink()
+    kept = (run_dir / "config.2.yaml").read_text()
+    create_run_dir(run_dir, config, command=[])
+    assert (run_dir / "config.2.yaml").read_text() == kept
+    assert "seed: 2" in (run_dir / "config.3.yaml").read_text()

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         try:
             config = from_mapping(RunConfig, read_config(one.path))
+            config = replace(config, run_dir=str(one.path.absolute()))  # it may have been moved
             if config.cluster is None:
                 raise ConfigError(
                     f"it has no cluster: python -m launch.train --config-name {one.path}/config.yaml starts it here"
@@ -91,5 +92,8 @@ def _parse_settings(texts: list[str]) -> dict[str, Any]:
             raise ConfigError(unknown_key(key, name, hints))
         holds_text = hints[name] is str or hints[name] == (str | None)
         # 24:00:00 is a number in YAML.
-        settings[name] = value if holds_text and value != "null" else yaml.safe_load(value)
+        try:
+            settings[name] = value if holds_text and value != "null" else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: {value!r} cannot be read as YAML") from error
     return settings

@@ -6,6 +6,7 @@ cancel    somebody asked to end the run            term      Slurm asked the job
 """
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +25,13 @@ def record(run_dir: Path, event: Event, job: str, **details: Any) -> None:
     """Append an event of `job`. Raises OSError if it cannot be written."""
     directory = slurm_directory(run_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"event": event, "job": job, "time": round(time.time(), 3), **details})
-    with (directory / "jobs.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")  # one short write: lines of a job and of a user do not mix
+    line = json.dumps({"event": event, "job": job, "time": round(time.time(), 3), **details}) + "\n"
+    with (directory / "jobs.jsonl").open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        if size and file.read(1) != b"\n":  # the last one was cut short: it must not take this one with it
+            line = "\n" + line
+        file.write(line.encode())  # one short write: lines of a job and of a user do not mix
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """How runs stand: what the run directory says, and what Slurm says of its job, put together. Torch-free."""
 
 import logging
+import os
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ RunState = Literal[
     "cancelled",
     "node_failure",
     "lost",
+    "unreadable",
 ]
 LIVE_STATES: tuple[RunState, ...] = ("pending", "running")
 ENDED_STATES: tuple[RunState, ...] = ("stopped", "failed", "oom", "timeout", "cancelled", "node_failure", "lost")
@@ -74,16 +76,26 @@ def find_run_dirs(paths: Sequence[Path]) -> list[Path]:
     """The run directories at `paths` and below. Raises SteerscaleError if a path has none."""
     found: dict[Path, None] = {}
     for path in paths:
-        here = [path] if (path / CONFIG).is_file() else sorted(file.parent for file in path.glob(f"**/{CONFIG}"))
+        here = [path] if (path / CONFIG).is_file() else sorted(_below(path))
         if not here:
             raise SteerscaleError(f"{path} is no run directory and holds none: expected a {CONFIG} there or below")
         found.update(dict.fromkeys(here))
     return list(found)
 
 
+def _below(path: Path) -> Iterator[Path]:
+    """Run directories below `path`, links to some as well. What is inside one belongs to it (W&B has a config.yaml of its own
+    there), and hidden ones are being written."""
+    for place, directories, _ in os.walk(path):
+        here = [Path(place) / name for name in directories if not name.startswith(".")]
+        runs = [directory for directory in here if (directory / CONFIG).is_file()]
+        yield from runs
+        directories[:] = [directory.name for directory in here if directory not in runs]
+
+
 def observe(run_dirs: Sequence[Path]) -> list[Observation]:
-    """How these runs stand. Slurm is asked once for all. Raises SteerscaleError if a status cannot be read; if Slurm
-    cannot be asked there is a warning, and what the runs say themselves."""
+    """How these runs stand. Slurm is asked once for all; if it cannot be asked there is a warning, and what the runs say
+    themselves. A run that cannot be read keeps none of the others from being told."""
     journals = {run_dir: read_journal(run_dir) for run_dir in run_dirs}
     ids = {journal.job for journal in journals.values() if journal.job is not None}
     jobs: dict[str, Job] = {}
@@ -93,9 +105,29 @@ def observe(run_dirs: Sequence[Path]) -> list[Observation]:
     except LaunchError as error:  # the run directories have something to say as well
         asked = False
         logger.warning("Slurm cannot be asked: %s", error)
-    return [
-        _observe(run_dir, journal, jobs.get(journal.job or ""), asked=asked) for run_dir, journal in journals.items()
-    ]
+    seen = []
+    for run_dir, journal in journals.items():
+        try:
+            seen.append(_observe(run_dir, journal, jobs.get(journal.job or ""), asked=asked))
+        except SteerscaleError as error:
+            seen.append(_unreadable(run_dir, journal, str(error)))
+    return seen
+
+
+def _unreadable(run_dir: Path, journal: Journal, reason: str) -> Observation:
+    return Observation(
+        path=run_dir,
+        name=run_dir.name,
+        state="unreadable",
+        reason=reason,
+        step=0,
+        steps=0,
+        eta_seconds=None,
+        age_seconds=None,
+        job=journal.job,
+        restarts=journal.restarts,
+        nodes="",
+    )
 
 
 def _observe(run_dir: Path, journal: Journal, job: Job | None, *, asked: bool) -> Observation:

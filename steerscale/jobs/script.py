@@ -178,6 +178,8 @@ def render_script(configs: Sequence[RunConfig], *, at_once: int | None = None) -
     # Output that comes before the script can send it to its own run's directory.
     directory = str(slurm_directory(Path(first.run_dir))).replace("%", "%%")
     options.append(Option(name="output", value=f"{directory}/{pattern}", why="run_dir"))
+    if "\\" in directory:
+        raise ConfigError(f"run_dir={first.run_dir}: Slurm cannot write to a path with a backslash, choose another")
     for config in configs:
         Option(name="output", value=config.run_dir, why="run_dir").directive  # noqa: B018 - refuses what is no single line
     if not TEMPLATE.is_file():

@@ -1,17 +1,19 @@
 """Submitting runs: run directories, one script, one sbatch. A refusal of Slurm's is shown in its own words. Torch-free."""
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from steerscale.errors import ConfigError, LaunchError
 from steerscale.jobs.batch import newest_step
 from steerscale.jobs.journal import read_journal, record, slurm_directory
 from steerscale.jobs.script import cluster_of, render_script
-from steerscale.jobs.slurm import query, require_slurm, run_slurm
+from steerscale.jobs.slurm import cancel, query, require_slurm, run_slurm
 from steerscale.planning.cluster import ClusterConfig
-from steerscale.rundir import STATUS, Status, create_run_dir, write_status, write_text
+from steerscale.rundir import STATUS, Status, create_run_dir, hold, write_status, write_text
 from steerscale.train.config import RunConfig
 
 # A part of what sbatch says -> keys to change, the likeliest first. More particular texts come first.
@@ -48,33 +50,48 @@ def submit(configs: Sequence[RunConfig], *, command: Sequence[str], at_once: int
     """
     require_slurm()
     script = render_script(configs, at_once=at_once)
-    refuse_live([Path(config.run_dir) for config in configs])
+    run_dirs = [Path(config.run_dir) for config in configs]
+    refuse_live(run_dirs)
     new: list[Path] = []
     before: dict[Path, bytes] = {}
-    try:
-        for config in configs:
-            run_dir = Path(config.run_dir)
-            if (run_dir / STATUS).is_file():
-                before[run_dir] = (run_dir / STATUS).read_bytes()
-            if not create_run_dir(run_dir, config, command=command):
-                new.append(run_dir)
-            slurm_directory(run_dir).mkdir(exist_ok=True)
-            # Before the job, which may begin at once and says more.
-            step = newest_step(run_dir)
-            write_status(run_dir, Status(state="created", step=step, steps=config.train.steps, reason="submitted"))
-        path = slurm_directory(Path(configs[0].run_dir)) / ("array.sbatch" if len(configs) > 1 else "job.sbatch")
-        write_text(path, script)
-        job = _sbatch(path, cluster_of(configs[0]))
-    except Exception:
-        for run_dir in new:
-            shutil.rmtree(run_dir, ignore_errors=True)
-        for run_dir, status in before.items():
-            write_text(run_dir / STATUS, status.decode())
-        raise
-    for index, config in enumerate(configs):
-        task = f"{job}_{index}" if len(configs) > 1 else job
-        record(Path(config.run_dir), "submit", task, script=str(path))
+    with contextlib.ExitStack() as held:
+        try:
+            for run_dir, config in zip(run_dirs, configs):
+                existed = create_run_dir(run_dir, config, command=command, check=partial(refuse_live, [run_dir]))
+                held.enter_context(hold(run_dir, config))
+                if not existed:
+                    new.append(run_dir)
+            refuse_live(run_dirs)  # of two equal ones at the same time the other was first
+            for run_dir, config in zip(run_dirs, configs):
+                if (run_dir / STATUS).is_file():
+                    before[run_dir] = (run_dir / STATUS).read_bytes()
+                slurm_directory(run_dir).mkdir(exist_ok=True)
+                # Before the job, which may begin at once and says more.
+                step = newest_step(run_dir)
+                write_status(run_dir, Status(state="created", step=step, steps=config.train.steps, reason="submitted"))
+            path = slurm_directory(run_dirs[0]) / ("array.sbatch" if len(configs) > 1 else "job.sbatch")
+            write_text(path, script)
+            job = _sbatch(path, cluster_of(configs[0]))
+            _record(run_dirs, job, path)
+        except Exception as error:
+            for run_dir in new:
+                shutil.rmtree(run_dir, ignore_errors=True)
+            for run_dir in before.keys() - set(new):
+                write_text(run_dir / STATUS, before[run_dir].decode())
+            if isinstance(error, OSError):
+                raise LaunchError(f"nothing was submitted, since a run directory cannot be written: {error}") from error
+            raise
     return job
+
+
+def _record(run_dirs: Sequence[Path], job: str, script: Path) -> None:
+    """Note the job in each run's journal. A job that cannot be noted is ended again: nobody would know of it."""
+    try:
+        for index, run_dir in enumerate(run_dirs):
+            record(run_dir, "submit", f"{job}_{index}" if len(run_dirs) > 1 else job, script=str(script))
+    except OSError:
+        cancel([job])
+        raise
 
 
 def resubmit(config: RunConfig, *, cluster: ClusterConfig | None = None, command: Sequence[str]) -> str:

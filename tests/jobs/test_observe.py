@@ -9,7 +9,7 @@ import pytest
 
 from steerscale.cli import main
 from steerscale.jobs.journal import Journal, read_journal, record
-from steerscale.jobs.observe import combine, observe
+from steerscale.jobs.observe import combine, find_run_dirs, observe
 from steerscale.jobs.slurm import Job
 from steerscale.rundir import Status, lock, write_status
 
@@ -110,3 +110,28 @@ def test_journal_survives_a_line_cut_short(tmp_path: Path) -> None:
         file.write('{"event": "sta')
     journal = read_journal(tmp_path)
     assert (journal.job, journal.restarts, len(journal.events)) == ("7", 0, 2)
+    record(tmp_path, "submit", "8")  # nor does it take the next one with it
+    assert read_journal(tmp_path).job == "8"
+
+
+def test_a_run_that_cannot_be_read_hides_none_of_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _local_run(tmp_path, state="finished", step=10, steps=10)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.yaml").write_text("name: broken\n", encoding="utf-8")
+    (broken / "status.json").write_text("{", encoding="utf-8")
+    for command in ("status", "cancel", "resubmit"):
+        assert main([command, str(tmp_path)]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert any("broken" in line and "unreadable" in line for line in said)
+        assert any("finished" in line for line in said)
+
+
+def test_runs_are_found_behind_links_and_not_inside_each_other(tmp_path: Path) -> None:
+    run_dir = _local_run(tmp_path, state="finished")
+    for inside in (run_dir / "wandb" / "files", tmp_path / ".run.17"):  # W&B's own, and one that is just being written
+        inside.mkdir(parents=True)
+        (inside / "config.yaml").write_text("{}", encoding="utf-8")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "link").symlink_to(run_dir)
+    assert find_run_dirs([tmp_path]) == [run_dir, tmp_path / "runs" / "link"]

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -436,3 +438,33 @@ def test_real_run_is_stopped_killed_and_finished(pool: RankPool, german_data: Pa
     pool.run(train, expected, ranks=2)
     assert curve(run_dir) == curve(expected)
     assert_same_tensors(newest(run_dir), newest(expected))
+
+
+def test_variables_of_the_shell_do_not_reach_the_ranks(
+    stub: Stub, german_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    seen = tmp_path / "seen"
+    worker = types.SimpleNamespace(run_alone=lambda run_dir, threads: seen.write_text(str(sorted(os.environ))) and 0)
+    monkeypatch.setattr(launch.local.importlib, "import_module", lambda name: worker)
+    assert run_local(stub(["finish"])) == 0
+    assert not {"'RANK'", "'WORLD_SIZE'", "'TORCHELASTIC_USE_AGENT_STORE'"} & set(
+        seen.read_text().strip("[]").split(", ")
+    )
+    assert os.environ["RANK"] == "1"
+
+
+def test_ranks_killed_after_a_stop_end_what_would_have_come_next(stub: Stub) -> None:
+    """A sweep would otherwise go on with its next point."""
+    config = stub(["wait"], ["hang"], grace_seconds=0.3)
+
+    def stop() -> None:
+        rank_pids(Path(config.run_dir), 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(SystemExit) as caught:
+        run_local(config)
+    assert caught.value.code == 1
+    assert "did not stop within" in read_status(Path(config.run_dir)).reason

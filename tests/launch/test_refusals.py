@@ -41,7 +41,7 @@ def test_run_dir_must_be_writable(refusal: Refusal, datasets: dict[str, Path], m
     monkeypatch.setattr("launch.check.os.access", lambda path, mode: False)
     text = refusal(f"data.path={datasets['good']}", "train.steps=10")
     assert "runs/gpt cannot be written" in text
-    assert "belongs to someone else" in text
+    assert "is not writable here" in text
 
 
 def test_each_message_fits_a_screen(datasets: dict[str, Path], refusal: Refusal) -> None:

@@ -129,6 +129,7 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "device": (["cluster=testbed", "cluster.device=a100"], ("cluster.device=a100 is not known", "a100-sxm-40gb")),
     "partial nodes": (["cluster=testbed", "parallel.data=3"], ("3 ranks", "cluster.gpus_per_node=2", "= 2 or 4")),
     "node-local": (["cluster=generic", "run_dir=/tmp/run"], ("run_dir=/tmp/run is below /tmp", "all nodes share")),
+    "backslash": (["cluster=testbed", "name='a\\b'"], ("a\\b: Slurm cannot write to a path with a backslash",)),
     "own option": (["cluster=testbed", "cluster.options.mem=4G"], ("--mem follows from other settings",)),
     "two lines": (["cluster=testbed", "cluster.qos='a\nb'"], ("cluster.qos", "one line only")),
     "environment": (["cluster=testbed", "cluster.environment.A-B=1"], ("'A-B' is no name of an environment variable",)),

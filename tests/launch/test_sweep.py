@@ -25,7 +25,7 @@ NAMED = [*SWEEP, "name='x_tp${parallel.tensor}'"]
 class Launches:
     """Stands in for `launch`: remembers the runs, and leaves what a run would."""
 
-    def __init__(self, *outcomes: int | Exception, states: tuple[str, ...] = ()) -> None:
+    def __init__(self, *outcomes: int | BaseException, states: tuple[str, ...] = ()) -> None:
         self.outcomes, self.states = outcomes, states
         self.configs: list[RunConfig] = []
 
@@ -34,7 +34,7 @@ class Launches:
         self.configs.append(config)
         index = len(self.configs) - 1
         outcome = self.outcomes[index] if index < len(self.outcomes) else 0
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             raise outcome
         run_dir = Path(config.run_dir)
         create_run_dir(run_dir, config, command=["test"])
@@ -356,6 +356,13 @@ def test_a_stop_ends_the_sweep(here: Path, sweep: functools.partial, capsys: pyt
     printed = capsys.readouterr().out
     assert "stopped with 1 more to come" in printed
     assert printed.splitlines()[-1] == "2 points: 1 stopped, 1 not started"
+
+
+def test_ctrl_c_between_points_is_no_traceback(
+    here: Path, sweep: functools.partial, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(Launches(0, KeyboardInterrupt()), *SWEEP) == 130
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_a_damaged_record_is_refused(here: Path, sweep: functools.partial, capsys: pytest.CaptureFixture[str]) -> None:
