@@ -113,7 +113,7 @@ def event(name: str, begin: float, end: float, *, cat: str = "kernel", tid: int 
     return {"ph": "X", "cat": cat, "name": name, "pid": 0, "tid": tid, "ts": begin, "dur": end - begin, "args": {}}
 
 
-def write(run_dir: Path, events: list[dict[str, Any]], *, name: str = f"rank0.3{SUFFIX}") -> Path:
+def write(run_dir: Path, events: list[Any], *, name: str = f"rank0.3{SUFFIX}") -> Path:
     path = run_dir / DIRECTORY / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
