@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from steerscale.data.blocks import Reading, read_texts
@@ -37,25 +38,29 @@ def choose_texts(config: MorphBPEConfig, bench: Bench) -> Results:
 def train_tokenizers(config: MorphBPEConfig, bench: Bench) -> Results:
     """Every tokenizer for each language, and how it cuts."""
     found: Results = {}
-    for name, language in config.languages.items():
-        text = _text(bench.root, name, TRAIN)
-        _segment(config, bench, name)
-        gold = read_gold(Path(language.gold)) if language.gold else None
-        found[name] = {}
-        for kind, settings in config.tokenizers.items():
-            target = tokenizer_dir(bench.root, name, kind)
-            if not target.exists():
-                if settings.type == "morph_bpe" and settings.bias != 0 and settings.segmentation in (None, MORFESSOR):
-                    settings = replace(settings, segmentation=str(bench.directory / name / SEGMENTATION))
-                with new_directory(target) as directory:
-                    train_tokenizer(settings, _lines(text)).save(directory)
-            spelling = Spelling(load_tokenizer(target))
-            held_out = {domain: _text(bench.root, name, domain) for domain in (IN_DOMAIN, OUT_OF_DOMAIN)}
-            found[name][kind] = {
-                "text": {domain: asdict(score_text(spelling, _lines(path))) for domain, path in held_out.items()},
-                "gold": asdict(score_words(spelling.word, gold, seed=config.seed)) if gold else None,
-            }
+    for name in config.languages:
+        bench.part(f"{name}.{SEGMENTATION}", partial(_segment, config, bench, name))
+        found[name] = {
+            kind: bench.part(f"{name}.{kind}", partial(_train_one, config, bench, name, kind))
+            for kind in config.tokenizers
+        }
     return found
+
+
+def _train_one(config: MorphBPEConfig, bench: Bench, name: str, kind: str) -> Results:
+    """One of them; what an earlier start left in its place may be of other settings, and goes."""
+    settings, gold = config.tokenizers[kind], config.languages[name].gold
+    target = tokenizer_dir(bench.root, name, kind)
+    if settings.type == "morph_bpe" and settings.bias != 0 and settings.segmentation in (None, MORFESSOR):
+        settings = replace(settings, segmentation=str(bench.directory / name / SEGMENTATION))
+    with new_directory(target, force=True) as directory:
+        train_tokenizer(settings, _lines(_text(bench.root, name, TRAIN))).save(directory)
+    spelling = Spelling(load_tokenizer(target))
+    held_out = {domain: _text(bench.root, name, domain) for domain in (IN_DOMAIN, OUT_OF_DOMAIN)}
+    return {
+        "text": {domain: asdict(score_text(spelling, _lines(path))) for domain, path in held_out.items()},
+        "gold": asdict(score_words(spelling.word, read_gold(Path(gold)), seed=config.seed)) if gold else None,
+    }
 
 
 def prepare_datasets(config: MorphBPEConfig, bench: Bench) -> Results:
@@ -146,6 +151,6 @@ def _segment(config: MorphBPEConfig, bench: Bench, language: str) -> None:
         one.type == "morph_bpe" and one.bias != 0 and one.segmentation in (None, MORFESSOR)
         for one in config.tokenizers.values()
     )
-    if wanted and not path.exists():
+    if wanted:
         words = letter_words(count_words(_lines(_text(bench.root, language, TRAIN))))
         write_segmentation(path, words, find_segmentation(MORFESSOR, words))

@@ -118,9 +118,9 @@ def replay(games: np.ndarray) -> tuple[Boards, list[list[list[int]]]]:
 def write_games(
     directory: Path, sizes: dict[str, int], *, seed: int, progress: Callable[[int, int], None] = lambda *_: None
 ) -> DatasetManifest:
-    """Write splits of so many random games as a dataset in the new `directory`."""
+    """Write splits of so many random games as the dataset `directory`, in place of one that an interrupted start left."""
     new_board()  # says if the package is missing before anything is written
-    with new_directory(directory) as temporary:
+    with new_directory(directory, force=True) as temporary:
         (temporary / TOKENIZER).mkdir()
         tokenizer = square_tokenizer()
         tokenizer.save(temporary / TOKENIZER)

@@ -116,6 +116,26 @@ def test_second_start_runs_nothing(place: Path) -> None:
     assert (place / "run" / "morph_bpe.png").stat().st_size > 5_000
 
 
+def test_tokenizers_of_an_interrupted_start_with_other_settings_are_trained_again(place: Path, tmp_path: Path) -> None:
+    first = dataclasses.replace(EXPERIMENT, stages=EXPERIMENT.stages[:2], report=lambda *_: "")
+
+    def start(vocab_size: int, table: Path) -> None:
+        config = tiny_config(place)
+        kinds = {
+            name: dataclasses.replace(one, vocab_size=vocab_size, segmentation=one.segmentation and str(table))
+            for name, one in config.tokenizers.items()
+        }
+        config = dataclasses.replace(config, run_dir=str(tmp_path), tokenizers=kinds)
+        run_experiment(first, config, train=train, say=print)
+
+    with pytest.raises(DataError, match="nowhere"):
+        start(500, place / "nowhere.tsv")
+    directory = tmp_path / "tokenizers" / "de" / "bpe"
+    assert load_tokenizer(directory).vocab_size == 500
+    start(560, place / "segments.tsv")
+    assert load_tokenizer(directory).vocab_size == 560
+
+
 def test_differences_are_paired() -> None:
     assert paired([1.0, 2.0], [0.5, 1.0]) == [0.5, 1.0]
     assert mean_and_error([1.0, 3.0]) == (2.0, pytest.approx(1.0))

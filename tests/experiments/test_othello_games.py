@@ -153,6 +153,7 @@ def test_cases_change_what_is_legal(games: np.ndarray) -> None:
 
 
 def test_dataset_gives_a_whole_game_a_sample_and_follows_the_seed(tmp_path: Path) -> None:
+    write_games(tmp_path / "data", {"train": 2}, seed=4)  # by a start that was interrupted before it could say so
     write_games(tmp_path / "data", {"train": 12, "valid": 3, "test": 2}, seed=5)
     config = DataConfig(path=str(tmp_path / "data"), random_offset=False)
     stream = SampleStream(config, seq_len=GAME_TOKENS, seed=1)
