@@ -96,11 +96,9 @@ class Loop:
                 self.store.poll()
                 if self._checkpoint_is_due():
                     self._save()
-        written = self.store.wait()
-        wanted = self._stopping or config.checkpoint.at_end
-        if wanted and self.store.newest_step != progress.step:
-            written = self._save() and self.store.wait()
-        if not written:
+        self.store.wait()
+        wanted = (self._stopping or config.checkpoint.at_end) and self.store.newest_step != progress.step
+        if wanted and not (self._save() and self.store.wait()):
             raise CheckpointError(
                 f"the checkpoint of step {progress.step}, the last one, was not written: see the log above; older "
                 "checkpoints are untouched, make room and start again"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from steerscale.checkpoint.config import CheckpointConfig
-from steerscale.checkpoint.store import checkpoints, find_damage
+from steerscale.checkpoint.store import CheckpointStore, checkpoints, find_damage
 from steerscale.data.config import DataConfig
 from steerscale.data.consumed import ConsumedHash
 from steerscale.data.dataset import SampleStream
@@ -200,6 +200,22 @@ def test_full_disk_ends_the_run_only_when_its_last_checkpoint_cannot_be_written(
         assert find_damage(run_dir / "checkpoints" / "step_00000003") is None
         assert log.count("was not written: rank") >= 1
         assert "No space left on device" in log
+
+
+def full_while_one_is_written(rank: int) -> None:
+    """A `setup`: the disk is full from step 8 on, and what is begun at step 9 takes until the end."""
+    AtStep(8, (0,), fill_up)(rank)
+    CheckpointStore.poll = lambda self: None  # type: ignore[method-assign]
+
+
+def test_finished_run_needs_no_last_checkpoint_where_none_is_wanted(german_data: Path, tmp_path: Path) -> None:
+    checkpoint = CheckpointConfig(interval=3, at_end=False, asynchronous=True)
+    with small_disk(tmp_path / "disk", kib=3000) as disk:
+        config = run_config(german_data, disk / "run", checkpoint=checkpoint)
+        run_dir = prepare(config)
+        assert Workers(config, full_while_one_is_written).join() == [0]
+        assert "the checkpoint of step 9 was not written" in (run_dir / "logs" / "rank_0.log").read_text()
+        assert read_status(run_dir).state == "finished"
 
 
 def make_room(loop: Loop) -> None:
