@@ -85,6 +85,7 @@ def this_cpu() -> Machine:
     return Machine(
         name="cpu",
         peak_tflops=0.1,
+        knows_peak=False,
         memory_gib=there / cores,
         bandwidth_gb_per_second=20.0,
         gpus_per_node=cores,

@@ -116,7 +116,7 @@ def plan_one(task: Task, layout: ParallelLayout, engine: EngineConfig) -> Plan:
             model=task.model,
             layout=layout,
             recompute=engine.recompute,
-            peak_tflops=task.machine.peak_tflops,
+            peak_tflops=task.machine.peak_tflops if task.machine.knows_peak else None,
         ),
         notes=[
             *([f"TP{layout.tensor} leaves the node of {task.machine.gpus_per_node}"] if beyond else []),

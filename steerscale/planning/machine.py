@@ -65,6 +65,8 @@ class Machine:
     """For people: a device's name, or that of a cluster."""
     peak_tflops: float
     """Dense peak of one device in the precision of the run, 1e12 FLOP/s."""
+    knows_peak: bool = True
+    """False: nobody knows the peak, the figure only scales `efficiency.matmul`, and there is no MFU."""
     memory_gib: float
     """Memory of one device as sold."""
     bandwidth_gb_per_second: float
