@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from steerscale.config import require
 from steerscale.data.blend import PATTERN
 
+LAST_POSITION = 2**62
+"""Positions of samples are int64, and what is left out is added to them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -43,8 +46,8 @@ class DataConfig:
             )
         for index, bounds in enumerate(self.skip):
             require(
-                len(bounds) == 2 and 0 <= bounds[0] < bounds[1],
-                f"data.skip[{index}] must be [start, end) with 0 <= start < end, got {bounds}",
+                len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= LAST_POSITION,
+                f"data.skip[{index}] must be [start, end) with 0 <= start < end <= 2^62, got {bounds}",
             )
         require(self.num_prefetch >= 0, f"data.num_prefetch must be at least 0, got {self.num_prefetch}")
 

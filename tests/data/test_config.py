@@ -22,6 +22,7 @@ def test_weights_are_normalised():
         ({"blend": {"a": 1.0, "b": 0.0001}}, r"data.blend\['b'\] is 0.0001 of all weights"),
         ({"path": "a", "skip": [[3, 3]]}, r"data.skip\[0\] must be \[start, end\)"),
         ({"path": "a", "skip": [[0, 1], [1, 2, 3]]}, r"data.skip\[1\]"),
+        ({"path": "a", "skip": [[3, 10**20]]}, r"data.skip\[0\] must be .* end <= 2\^62"),
         ({"path": "a", "num_prefetch": -1}, "data.num_prefetch must be at least 0"),
     ],
 )
