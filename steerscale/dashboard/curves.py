@@ -74,13 +74,14 @@ def events_of(run: Run) -> list[dict[str, Any]]:
     restarts = [event("restart", record, f"start as {record.get('layout', '?')}") for record in run.starts[1:]]
     skips = [event("skip", record, _skip_text(record)) for record in run.skips]
     typical = percentile([seconds for record in run.history for seconds in step_seconds(record)], 0.5) or math.inf
+    traced = _traced_steps(run)
     slow: list[tuple[float, dict[str, Any]]] = []
     waits: list[dict[str, Any]] = []
     for record in run.history:
         times = record.get("step_seconds") or []
-        for place, seconds in enumerate(times):
+        timed = (step for step in range(record["step"], 0, -1) if step not in traced)
+        for step, seconds in zip(timed, reversed(times)):
             if seconds > SLOW_FACTOR * typical:
-                step = record["step"] - len(times) + 1 + place
                 text = f"{seconds:.3g} s, {seconds / typical:.1f} times the median"
                 slow.append((seconds, event("slow", record, text, step)))
         wait = record.get("data_seconds_max")
@@ -115,6 +116,13 @@ def _value(record: dict[str, Any], name: str) -> float | None:
     if name in ("seconds_p50", "seconds_p95"):
         return percentile(step_seconds(record), 0.5 if name == "seconds_p50" else 0.95)
     return record.get(name)
+
+
+def _traced_steps(run: Run) -> set[int]:
+    """Steps that a profiler slowed down, whose times were left out."""
+    profile = run.config.get("profile")
+    steps = profile.get("steps") if isinstance(profile, dict) else None
+    return {step for step in steps if isinstance(step, int)} if isinstance(steps, list) else set()
 
 
 def _skip_text(record: dict[str, Any]) -> str:

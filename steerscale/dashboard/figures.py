@@ -59,6 +59,8 @@ def write(figure: Figure, value: Value) -> str:
         return str(value)
     if figure.form == "s":
         return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"
+    if figure.form.endswith("g"):  # digits that count, but no exponent: 1020, not 1.02e+03
+        return f"{float(format(value, figure.form)):g}"
     return format(value, figure.form)
 
 

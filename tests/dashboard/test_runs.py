@@ -36,6 +36,7 @@ def test_figures_of_a_real_run(real_run: Path) -> None:
     assert figures["memory_peak_gib_max"] > figures["memory_predicted_gib"] > 0
     assert (figures["mfu"], figures["hfu"], figures["peak_tflops"]) == (None, None, None)
     assert write(BY_KEY["mfu"], figures["mfu"]) == "-"
+    assert write(BY_KEY["legacy_tflops_per_gpu"], 1023.4) == "1020"
     assert (figures["restarts"], figures["skipped"]) == (0, 0)
     assert {event["kind"] for event in events_of(run)} <= {"slow", "straggler"}, "it was never restarted"
 
@@ -95,6 +96,14 @@ def test_events_name_restarts_skips_slow_steps_and_ranks_waited_for() -> None:
     assert events["skip"]["text"] == "samples 8 to 15 not applied"
     assert (events["slow"]["step"], events["slow"]["text"]) == (4, "4 s, 4.0 times the median")
     assert events["straggler"]["text"] == "rank 5 waited 0.8 s a step for its data"
+
+
+def test_a_slow_step_beside_a_traced_one_has_its_own_number() -> None:
+    records = [{"step": 10, "time": 1.0, "step_seconds": [1.0, 5.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]}]
+    run = run_of(records, config={"name": "run", "profile": {"steps": [4]}})
+    assert [(event["kind"], event["step"]) for event in events_of(run)] == [("slow", 2)]
+    warmed_up = [{"step": 10, "time": 1.0, "step_seconds": [1.0, 1.0, 5.0, 1.0]}]
+    assert [event["step"] for event in events_of(run_of(warmed_up))] == [9]
 
 
 def test_events_are_limited_and_say_so() -> None:
