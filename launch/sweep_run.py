@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launch.allocation import hosts_of_allocation, run_in_allocation
@@ -14,7 +15,7 @@ from steerscale.config import dump_yaml, to_mapping
 from steerscale.errors import ConfigError, SteerscaleError
 from steerscale.jobs.observe import LIVE_STATES, Observation
 from steerscale.jobs.script import nodes_and_tasks, render_script
-from steerscale.rundir import CONFIG, read_config
+from steerscale.rundir import CONFIG, is_held, read_config
 from steerscale.train.config import RunConfig
 
 FREE_SECTIONS = ("name", "run_dir", "train.steps", "launcher", "cluster", "checkpoint", "metrics")
@@ -62,6 +63,9 @@ def _one_by_one(sweep: Sweep, points: Sequence[Point], launch: Launch, *, record
         print(f"\n[{number}/{len(points)}] {point.title}", flush=True)
         assert point.config is not None
         try:
+            if recorded and not _missing(replace(sweep, points=[point])):
+                print("another launcher has it, or had it meanwhile", flush=True)
+                continue
             status, state = launch(point.config), "finished"
         except SteerscaleError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -140,7 +144,7 @@ def _missing(sweep: Sweep) -> list[Point]:
 
 def _is_missing(point: Point, run_dir: Path, seen: Observation, *, retry: bool) -> bool:
     assert point.config is not None
-    if seen.state in LIVE_STATES:
+    if seen.state in LIVE_STATES or is_held(run_dir):
         return False
     ended = seen.state == "finished" and seen.step >= point.config.train.steps
     failed = seen.state in ("failed", "oom", "timeout") and not retry

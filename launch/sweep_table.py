@@ -89,7 +89,7 @@ def _row(entry: Entry, run_dir: Path, seen: Mapping[Path, Observation]) -> Row:
         entry=entry,
         run_dir=run_dir,
         state=observation.state,
-        reason=observation.reason or entry.reason,
+        reason=observation.reason or (entry.reason if observation.state != "finished" else ""),
         step=run.step,
         seconds=run.median("seconds_per_step"),
         tflops=run.median("model_tflops_per_gpu"),

@@ -15,7 +15,7 @@ from launch.train import main
 from steerscale.errors import ConfigError, LaunchError, LayoutError, SteerscaleError
 from steerscale.metrics import Recorder
 from steerscale.planning.machine import machine_mapping
-from steerscale.rundir import Status, create_run_dir, read_status, write_status
+from steerscale.rundir import Status, create_run_dir, lock, read_status, write_status
 from steerscale.train.config import RunConfig
 
 SWEEP = ["-m", "train.steps=2", "parallel.tensor=1,2"]
@@ -356,6 +356,18 @@ def test_a_stop_ends_the_sweep(here: Path, sweep: functools.partial, capsys: pyt
     printed = capsys.readouterr().out
     assert "stopped with 1 more to come" in printed
     assert printed.splitlines()[-1] == "2 points: 1 stopped, 1 not started"
+
+
+def test_points_that_another_launcher_has_are_left_to_it(here: Path, sweep: functools.partial) -> None:
+    assert sweep(Launches(), *SWEEP) == 0
+    run_dir = here / "runs" / "gpt" / "tp2"
+    write_status(run_dir, Status(state="created"))
+    launches = Launches()
+    with lock(run_dir):
+        assert sweep(launches, *SWEEP) == 0
+    assert launches.points == []
+    assert sweep(launches, *SWEEP) == 0
+    assert launches.points == ["tp2"]
 
 
 def test_ctrl_c_between_points_is_no_traceback(

@@ -1,6 +1,7 @@
 """`status`, `cancel` and `resubmit` on a real Slurm, with accounting and without; sbatch's refusals."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,12 @@ from typing import Any
 import pytest
 
 from steerscale.cli import main as steerscale
-from steerscale.errors import LaunchError
+from steerscale.errors import ConfigError, LaunchError
 from steerscale.jobs.journal import read_journal
 from steerscale.jobs.slurm import query, signal_script
 from steerscale.jobs.submit import submit
 from tests.slurm.testbed import PATIENCE_SECONDS, Testbed, call, has_ended, look, on_testbed, wait_for, wait_for_step
-from tests.train.runs import run_config
+from tests.train.runs import prepare, run_config
 
 
 def test_commands_tell_the_truth_at_each_stage(
@@ -52,6 +53,28 @@ def test_commands_tell_the_truth_at_each_stage(
     assert cancelled.step > stopped_at
     assert [event["step"] for event in read_journal(run_dir).starts] == [stopped_at]
     assert "cancelled" in _say(capsys, "status", run_dir)
+
+
+def test_a_run_gets_one_job_where_it_is(
+    testbed: Testbed, german_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, moved = tmp_path / "run", tmp_path / "moved"
+    config = on_testbed(run_config(german_data, run_dir), options={"begin": "now+1hour"})
+    prepare(config)
+    with ThreadPoolExecutor() as threads:  # somebody submits twice at once
+        both = [threads.submit(submit, [config], command=["test"]) for _ in range(2)]
+    (error,) = (one.exception() for one in both if one.exception() is not None)
+    assert isinstance(error, ConfigError)
+    assert [event["event"] for event in read_journal(run_dir).events] == ["submit"]
+    assert call("squeue", "--noheader", "--format=%j").split() == [config.name]
+    _say(capsys, "cancel", run_dir)
+    wait_for(run_dir, has_ended)
+
+    run_dir.rename(moved)
+    assert "from step 0" in _say(capsys, "resubmit", moved)
+    assert not run_dir.exists()
+    assert look(moved).state == "pending"
+    _say(capsys, "cancel", moved)
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], int, str, str]] = {
