@@ -1,6 +1,7 @@
 """`steerscale steer`: the next token and the text of a language model that a recipe, or latents named here, have changed."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,8 @@ def run(args: argparse.Namespace) -> None:
         functions = opened.functions(lm, strength=args.strength)
         if args.save is not None and context.rank == 0:
             with writing(args.save):
-                args.save.write_text(dump_yaml(recipe), encoding="utf-8")
+                whole = replace(recipe, strength=recipe.strength * args.strength)
+                args.save.write_text(dump_yaml(whole), encoding="utf-8")
         for index, prompt in enumerate(args.prompt or [""]):
             _show_prompt(lm, functions, prompt, args, sampling, picture=args.output if index == 0 else None)
         if args.samples and text is not None:

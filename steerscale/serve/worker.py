@@ -108,6 +108,8 @@ class ModelThread:
         if not self.is_alive:
             raise overloaded("the server is ending")
         if self._queue.qsize() >= self._most_waiting:
+            self._forget_cancelled()
+        if self._queue.qsize() >= self._most_waiting:
             raise overloaded(f"{self._most_waiting} requests are waiting already: try again later")
         self._queue.put(job)
 
@@ -118,6 +120,13 @@ class ModelThread:
             current.cancelled.set()
         self._queue.put(None)  # what stands before it is turned away
         self._thread.join()
+
+    def _forget_cancelled(self) -> None:
+        """Those whose clients have gone take no place from others."""
+        with self._queue.mutex:
+            wanted = [job for job in self._queue.queue if job is None or not job.cancelled.is_set()]
+            self._queue.queue.clear()
+            self._queue.queue.extend(wanted)
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:

@@ -272,11 +272,16 @@ def test_steer_command_on_a_run_and_on_an_exported_sae(
     assert main(["steer", str(exported), *what, "--model", str(lm), "--text", data]) == 0
     assert capsys.readouterr().out == out
     saved = tmp_path / "recipe.yaml"
-    assert main(["steer", str(sae_run), *what, "--strength", "0", "--save", str(saved)]) == 0
+    assert main(["steer", str(sae_run), *what, "--strength", "0"]) == 0
     assert "KL 0 nats" in capsys.readouterr().out
+    assert main(["steer", str(sae_run), *what, "--save", str(saved)]) == 0
     recipe = ["steer", str(saved), *what[4:]]
     assert main(recipe) == 0
-    assert capsys.readouterr().out == out
+    assert capsys.readouterr().out == 2 * out
+    assert main([*recipe, "--strength", "0.5", "--save", str(saved)]) == 0
+    half = capsys.readouterr().out
+    assert main(recipe) == 0
+    assert capsys.readouterr().out == half != out
     assert main([*recipe, "--latent", "5"]) == 2
     assert "--latent says what" in capsys.readouterr().err
 

@@ -71,13 +71,16 @@ def test_queue_has_an_end_and_jobs_run_in_their_order(lm_directory: Path) -> Non
             model.submit(job(found))
         assert (full.value.status, full.value.code) == (503, "overloaded")
         cancelled.cancelled.set()
+        model.submit(job(found))  # in the place of the one whose client has gone
+        with pytest.raises(RequestError, match="2 requests are waiting"):
+            model.submit(job(found))
         gate.set()
-        while sum(isinstance(event, Finished) for event in found) < 2:
+        while sum(isinstance(event, Finished) for event in found) < 3:
             assert model.is_alive
             time.sleep(0.005)  # the model's thread needs the interpreter
         model.stop()
     assert not any(isinstance(event, Failed) for event in found)
-    assert sum(isinstance(event, Finished) for event in found) == 2
+    assert sum(isinstance(event, Finished) for event in found) == 3
 
 
 def test_stopping_turns_away_what_waits_and_ends_what_runs(lm_directory: Path) -> None:
