@@ -93,7 +93,7 @@ def run_preflight(config: RunConfig, context: ParallelContext, run_dir: Path) ->
         for warning in warnings:
             logger.warning("preflight: %s", warning)
     least = config.launcher.preflight_least
-    too_slow = [entry for entry in slow if least is not None and entry.share < least]
+    too_slow = [] if least is None else find_slow(results, below=least)
     if too_slow:
         raise LaunchError(
             f"preflight: {'; '.join(f'{entry.what} reaches {entry.share:.0%} of the median' for entry in too_slow)}, less than "

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,11 @@ def measured(slow_rank: int | None) -> dict[str, Any]:
     return {"result": found, "at": context.at}
 
 
-def train_slowly(run_dir: Path) -> None:
-    """Train on ranks of which the second is slow."""
+def train_slowly(run_dir: Path, called_slow: float = EFFORTS["cpu"].slow) -> None:
+    """Train on ranks of which the second is slow; less than `called_slow` of the median is warned of."""
     import torch.distributed as dist
 
-    product = torch.mm
+    product, effort = torch.mm, EFFORTS["cpu"]
 
     def late(*args: Any, **settings: Any) -> torch.Tensor:
         time.sleep(SLOW_SECONDS)
@@ -71,10 +72,11 @@ def train_slowly(run_dir: Path) -> None:
 
     if dist.get_rank() == 1:
         torch.mm = late
+    EFFORTS["cpu"] = replace(effort, slow=called_slow)
     try:
         train(run_dir)
     finally:
-        torch.mm = product
+        torch.mm, EFFORTS["cpu"] = product, effort
 
 
 def test_a_slow_rank_is_named(pool: RankPool) -> None:
@@ -162,13 +164,14 @@ def test_a_run_begins_with_it_and_leaves_its_figures(german_data: Path, tmp_path
     assert content["seconds"] > 0
 
 
+@pytest.mark.parametrize("called_slow", [0.5, 0.0])
 def test_a_run_on_a_slow_rank_is_refused_where_that_is_asked_for(
-    german_data: Path, tmp_path: Path, pool: RankPool
+    german_data: Path, tmp_path: Path, pool: RankPool, called_slow: float
 ) -> None:
     launcher = LauncherConfig(preflight=True, preflight_least=0.3)
     config = run_config(german_data, tmp_path / "run", parallel={"data": 2}, launcher=launcher)
     with pytest.raises(RuntimeError, match=r"LaunchError: preflight: .*rank 1"):
-        pool.run(train_slowly, prepare(config), ranks=2)
+        pool.run(train_slowly, prepare(config), called_slow, ranks=2)
     (error, *_) = read_errors(tmp_path / "run")
     assert error["user_error"]
     assert "launcher.preflight_least=0.3" in error["message"]
