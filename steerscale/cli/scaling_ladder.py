@@ -52,9 +52,9 @@ def _pair(text: str) -> tuple[float, float]:
 def run(args: argparse.Namespace) -> None:
     """Write the sweep file and print what is in it."""
     from steerscale.cli.plan import load_model
+    from steerscale.cli.scaling_text import write_file
     from steerscale.data.manifest import inspect_dataset
     from steerscale.planning.scaling_ladder import check_tokens, held_out_rung, ladder
-    from steerscale.rundir import write_text
 
     _check(args)
     manifest = inspect_dataset(args.data)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
             f"the ladder's {flops:.3g} FLOPs take {hours:.3g} hours at --tflops {args.tflops:g}, more than --hours "
             f"{args.hours:g}: take fewer or smaller --sizes, or fewer --tokens"
         )
-    write_text(args.output, _sweep_file(args, rungs))
+    write_file(args.output, _sweep_file(args, rungs))
     rows = [_row(rung) for rung in rungs]
     if args.json:
         answer = {"rungs": rows, "flops": flops, "hours": hours, "file": str(args.output), "warnings": warnings}

@@ -76,11 +76,11 @@ def token_range(text: str) -> tuple[float, float]:
 
 def run(args: argparse.Namespace) -> None:
     """Print the plan; write preset and picture if asked to."""
+    from steerscale.cli.scaling_text import write_file
     from steerscale.planning.architecture import find_architecture, preset_yaml
     from steerscale.planning.flops import model_flops_per_token
     from steerscale.planning.scaling_plan import inference_optimum, law_rows, over_training, spread
     from steerscale.planning.scaling_plots import check_picture, plot_plan
-    from steerscale.rundir import write_text
 
     if args.plot is not None:
         check_picture(args.plot)
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         plot_plan(args.plot, budget.flops, rows, chosen)
     if args.output is not None:
-        write_text(args.output, preset)
+        write_file(args.output, preset)
     if args.json:
         print(json.dumps(answer, indent=1))
         return

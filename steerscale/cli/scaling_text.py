@@ -2,10 +2,21 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from steerscale.errors import SteerscaleError
 from steerscale.planning.scaling_fit import NAMES, Fit
 from steerscale.planning.scaling_frontier import Frontier
+from steerscale.rundir import write_text
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a small file at once. Raises SteerscaleError if it cannot be."""
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise SteerscaleError(f"{path} cannot be written: {error}") from error
 
 
 def amount(value: float) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerscale.config import require
+from steerscale.errors import SteerscaleError
 from steerscale.planning.scaling_fit import Fit
 from steerscale.planning.scaling_frontier import Frontier
 from steerscale.planning.scaling_laws import CHINCHILLA_3, REFIT, Optimum, tokens_for
@@ -152,5 +153,7 @@ def _save(figure: "Figure", path: Path) -> None:
     try:
         figure.savefig(temporary, format=path.suffix[1:])
         temporary.replace(path)
+    except OSError as error:
+        raise SteerscaleError(f"--plot {path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -259,6 +259,15 @@ def test_runs_of_other_data_are_not_mixed(
     assert any("sequences of 256 to 512 tokens" in text for text in warnings)
 
 
+def test_what_cannot_be_written_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    budget = ["scaling", "plan", "--gpu-hours", "1000", "--gpu", "h100", "--mfu", "0.4"]
+    for option, name in (("-o", "model.yaml"), ("--plot", "plan.png")):
+        (tmp_path / name).mkdir()
+        assert f"{tmp_path / name} cannot be written: " in refusal(capsys, *budget, option, str(tmp_path / name))
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        (tmp_path / name).rmdir()
+
+
 def test_runs_of_one_name_and_several_vocabularies_are_not_mixed(tmp_path: Path) -> None:
     for directory, vocab_size in (("a", 4000), ("b", 5000)):
         (tmp_path / directory).mkdir()
