@@ -27,13 +27,16 @@ ENVIRONMENT = ("PYTORCH_NVML_BASED_CUDA_CHECK", "DS_ACCELERATOR", "LOCAL_RANK")
 def deepspeed_library(context: ParallelContext) -> Iterator[Any]:
     """The package `deepspeed`, ready for engines on the process group that is there.
 
+    Contexts may lie within each other, where several engines train side by side: the outermost one tidies up.
     Raises LaunchError if it is not installed, or too old.
     """
+    outermost = False
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     try:
         library = _import(context.device)
         # What DeepSpeed takes for the number of the rank's device, whichever of them are visible to it.
         os.environ["LOCAL_RANK"] = str(context.device.index or 0)
+        outermost = not library.comm.is_initialized()
         with quiet():
             library.comm.init_distributed(dist_init_required=False)
         yield library
@@ -43,7 +46,8 @@ def deepspeed_library(context: ParallelContext) -> Iterator[Any]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        _forget_groups()
+        if outermost:
+            _forget_groups()
 
 
 @contextlib.contextmanager

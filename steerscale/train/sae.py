@@ -244,7 +244,7 @@ class SAETask:
 
     def close(self) -> None:
         """Let go of the SAEs and the language model."""
-        for trained in self.trained:
+        for trained in reversed(self.trained):  # what the first one set up serves all
             trained.engine.close()
         self.stream.close()
 

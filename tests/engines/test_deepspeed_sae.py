@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from steerscale.engines.config import EngineConfig
+from steerscale.sae.config import VariantConfig
 from steerscale.testing.parity import SAE
 from steerscale.testing.ranks import RankPool
 from tests.sae.training import ARCHITECTURES, Trained, language_model, sae_config, trained
@@ -24,8 +25,8 @@ def run(pool: RankPool, german_data: Path, tmp_path_factory: pytest.TempPathFact
     lm = language_model(german_data, tmp_path_factory.mktemp("lm") / "run")
     pool.run(train, lm, ranks=1)
 
-    def make(architecture: str, engine: EngineConfig, parallel: dict[str, Any]) -> Trained:
-        settings = {"architecture": architecture, **ARCHITECTURES[architecture], "sections": {"engine": engine}}
+    def make(architecture: str, engine: EngineConfig, parallel: dict[str, Any], **sae: Any) -> Trained:
+        settings = {"architecture": architecture, **ARCHITECTURES[architecture], "sections": {"engine": engine}, **sae}
         config = sae_config(lm, german_data, tmp_path_factory.mktemp("sae") / "run", parallel=parallel, **settings)
         return trained(pool, config)
 
@@ -44,3 +45,14 @@ def test_parity_sae(run: Run, architecture: str, stage: int, parallel: dict[str,
     assert got.active == expected.active
     np.testing.assert_allclose(got.losses, expected.losses, rtol=SAE.loss)
     np.testing.assert_allclose(got.grad_norms, expected.grad_norms, rtol=SAE.grad_norm)
+
+
+def test_several_saes_have_engines_side_by_side(run: Run) -> None:
+    """Each with ZeRO over the replicas; closing one leaves the others what they need to close."""
+    variants = [VariantConfig(k=2), VariantConfig(architecture="relu", sparsity=0.02)]
+    got, expected = (
+        run("topk", engine, parallel, variants=variants)
+        for engine, parallel in ((EngineConfig(name="deepspeed", zero_stage=1), {"data": 2}), (EngineConfig(), {}))
+    )
+    assert got.active == expected.active
+    np.testing.assert_allclose(got.losses, expected.losses, rtol=SAE.loss)
