@@ -158,7 +158,8 @@ def _tags(points: Sequence[Mapping[str, str]]) -> list[str]:
     """A short name for each point that can be a directory's, all different."""
     for shorten in (_shortened, str):
         tags = ["_".join(_tag(shorten(key), value) for key, value in values.items()) for values in points]
-        if len(set(tags)) == len(tags) and all(tags):
+        # Names of directories have room for 255 bytes.
+        if len(set(tags)) == len(tags) and all(0 < len(tag.encode()) <= 200 for tag in tags):
             return tags
     return [f"point{number}" for number in range(len(points))]
 

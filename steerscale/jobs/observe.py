@@ -196,8 +196,9 @@ def combine(status: Status, journal: Journal, job: Job | None, *, asked: bool = 
 def _live(status: Status, journal: Journal, job: Job) -> tuple[RunState, str]:
     last = journal.events[-1]
     if job.state in WAITING or (job.state == "COMPLETING" and last.get("decision") == "go_on"):
-        reason = job.reason or "is being queued again"
-        return "pending", reason + (", to go on from its newest checkpoint" if journal.starts else "")
+        if not journal.starts:
+            return "pending", job.reason
+        return "pending", f"{job.reason or 'is being queued again'}, to go on from its newest checkpoint"
     if status.state in ("finished", "failed", "stopped") and last["event"] == "end":  # the job is tidying up
         return combine(status, journal, None, asked=True)
     return "running", status.reason if status.state == "running" else ""

@@ -23,6 +23,12 @@ def _end(decision: str) -> dict[str, Any]:
     return {"event": "end", "job": "7", "time": 3.0, "decision": decision}
 
 
+def test_a_job_that_waits_for_the_first_time_is_not_queued_again() -> None:
+    waiting = Job(id="7", state="PENDING")
+    assert combine(Status(state="created"), Journal(STARTED[:1]), waiting) == ("pending", "")
+    assert "queued again" in combine(Status(state="stopped"), Journal(STARTED), waiting)[1]
+
+
 @pytest.mark.parametrize(
     ("state", "cause", "events", "job", "expected"),
     [
@@ -135,3 +141,24 @@ def test_runs_are_found_behind_links_and_not_inside_each_other(tmp_path: Path) -
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "link").symlink_to(run_dir)
     assert find_run_dirs([tmp_path]) == [run_dir, tmp_path / "runs" / "link"]
+
+
+def test_a_job_that_cannot_be_cancelled_keeps_none_of_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        record(_local_run(tmp_path / name, state="running"), "submit", "7" if name == "one" else "8")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {
+        "squeue": "echo '7|RUNNING|n1|None'; echo '8|RUNNING|n1|None'",
+        "scancel": '[ "$*" = 8 ] || { echo "scancel: error: Invalid job id specified" >&2; exit 1; }',
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    assert main(["cancel", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "job 8 cancelled" in printed.out
+    assert "scancel refused: scancel: error: Invalid job id specified" in printed.err

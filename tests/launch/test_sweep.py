@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,14 @@ def test_directories_follow_from_the_swept_values(here: Path, sweep: functools.p
     assert sweep(again, *SWEEP, "sweep.name=other", "seed=1,2", "name='n${seed}'") == 0
     assert again.points == ["tp1_seed1", "tp1_seed2", "tp2_seed1", "tp2_seed2"]
     assert (here / "runs" / "other" / "tp2_seed1").is_dir()
+
+
+def test_long_values_make_no_long_names(here: Path, german_data: Path) -> None:
+    long = here / ("x" * 240)
+    for name in "ab":
+        shutil.copytree(german_data, long / name)
+    sweep = plan_sweep(["model=demo", f"data.path={long}/a,{long}/b", "train.steps=9"], config_name="train")
+    assert [point.entry.run_dir for point in sweep.points] == ["point0", "point1"]
 
 
 def test_a_sweep_is_not_put_into_a_run(
