@@ -52,14 +52,15 @@ class LiveRuns:
             for index, directory in enumerate(directories):
                 progress(index, len(directories))
                 stamp, before = _stamp(directory), self._known.get(directory)
-                if before is not None and before[:2] == (stamp, points):
+                # What could not be read may be readable now though nothing changed: moved away and back, a disk that hung.
+                if before is not None and before[:2] == (stamp, points) and isinstance(before[2], Entry):
                     known[directory] = before
                     continue
                 run = read_or_broken(directory)
                 known[directory] = (stamp, points, run if isinstance(run, BrokenRun) else entry_of(run, points=points))
             progress(len(directories), len(directories))
             self._known = known
-            stamps = repr([(str(path), stamp) for path, (stamp, _, _) in known.items()])
+            stamps = repr([(str(path), stamp, isinstance(run, Entry)) for path, (stamp, _, run) in known.items()])
             tag = f'"{hashlib.sha256(stamps.encode()).hexdigest()[:32]}"'
             if tag != self._tag:
                 found = [entry for _, _, entry in known.values()]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from steerscale.dashboard.runs import find_directories
+from steerscale.dashboard.runs import BrokenRun, find_directories
 from steerscale.dashboard.serve import LiveRuns, make_server
 from steerscale.errors import SteerscaleError
 from steerscale.metrics import Recorder
@@ -83,6 +83,20 @@ def test_only_changed_runs_are_read_again(live: Path, monkeypatch: pytest.Monkey
     _, text = runs.update()
     assert read[3:] == [read[1]]
     assert [entry["path"] for entry in json.loads(text)["broken"]] == [str(read[1])]
+
+
+def test_what_could_not_be_read_for_a_moment_is_read_again(live: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steerscale.dashboard import serve
+
+    runs, before = LiveRuns([live]), serve.read_or_broken
+    with monkeypatch.context() as away:
+        away.setattr(serve, "read_or_broken", lambda path: BrokenRun(path, "Stale file handle"))
+        tag, text = runs.update()
+        assert len(json.loads(text)["broken"]) == 3
+    assert serve.read_or_broken is before
+    again, text = runs.update()
+    assert again != tag
+    assert len(json.loads(text)["runs"]) == 3
 
 
 def test_page_asks_its_server_and_nobody_else(port: int) -> None:
