@@ -6,6 +6,8 @@ Heavy imports belong inside `run`, so that `--help` and torch-free commands answ
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -39,10 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module(f"steerscale.cli.{command}").add_parser(subparsers)
     args = parser.parse_args(argv)
     try:
-        return args.run(args) or 0
+        status = args.run(args) or 0
+        sys.stdout.flush()  # not at the end of the process, where nothing can be done about a reader that has gone
+        return status
     except SteerscaleError as error:
         print(f"steerscale: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, like `head`; at its end the process would try to write the rest again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("steerscale: interrupted", file=sys.stderr)
         return 130

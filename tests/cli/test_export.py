@@ -1,4 +1,8 @@
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -84,6 +88,18 @@ def test_export_of_a_checkpoint_that_lacks_a_parameter_is_refused(
     assert main(["export", str(checkpoint), "-o", str(tmp_path / "hf")]) == 2
     assert "no weight of parameter 'decoder.layers.2.mlp.linear_fc1.weight'" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_reader_that_has_gone_is_no_traceback(checkpoint: Path, tmp_path: Path) -> None:
+    assert main(["export", str(checkpoint), "-o", str(tmp_path / "hf")]) == 0
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = f"import sys; from steerscale.cli import main; sys.exit(main(['import', {str(tmp_path / 'hf')!r}]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, timeout=120, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_import_prints_a_model_configuration(

@@ -147,9 +147,10 @@ def fit_logistic(x_VM: torch.Tensor, y_V: torch.Tensor, means_CM: torch.Tensor, 
     standard = standardise(x_VM, per_coordinate=config.per_coordinate)
     z_VM = standard.z_VM
     gram_MM = (z_VM.T @ z_VM).double() / (count * number)
-    factor_MM = torch.linalg.cholesky(
-        gram_MM + torch.eye(len(gram_MM), device=x_VM.device) * (config.l2 / count)
-    ).float()
+    # It only sets the pace. With fewer activations than coordinates a tiny penalty would leave it singular but for float32's
+    # rounding, of either sign.
+    damping = max(config.l2 / count, 1e-6 * len(gram_MM) / number)
+    factor_MM = torch.linalg.cholesky(gram_MM + torch.eye(len(gram_MM), device=x_VM.device) * damping).float()
     u_MC = torch.zeros(z_VM.shape[1], number, device=x_VM.device, requires_grad=True)
     stretch = number**0.5  # the bias's part of the Hessian is (I - 11'/C) / C
     v_C = ((torch.bincount(y_V, minlength=number) / count).log() / stretch).requires_grad_()

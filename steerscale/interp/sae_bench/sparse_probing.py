@@ -97,9 +97,10 @@ def sparse_probing(
 
     `fit.l2` is of the dense probe; on few columns it is 1.
     """
+    most = min(sae.num_latents, x_VM.shape[1])
     require(
-        all(0 < k <= min(sae.num_latents, x_VM.shape[1]) for k in ks) and len(ks) > 0,
-        f"k must be from 1 to the SAE's {sae.num_latents} latents, got {list(ks)}",
+        all(0 < k <= most for k in ks) and len(ks) > 0,
+        f"k must be from 1 to {most}, of {sae.num_latents} latents and {x_VM.shape[1]} coordinates, got {list(ks)}",
     )
     x = x_VM.split([len(task.train.y_V), len(task.test.y_V)])
     kept = task.train.y_V >= 0

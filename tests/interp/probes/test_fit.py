@@ -57,6 +57,13 @@ def test_logistic_reaches_the_minimum_of_its_objective(l2: float) -> None:
     assert objective(half, x_VM, y_V, l2) > found * 1.001
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_vectors_with_next_to_no_penalty_are_fitted(kind: str) -> None:
+    x_VM, y_V = torch.randn(5, 24, generator=torch.Generator().manual_seed(3)), torch.tensor([0, 1, 0, 1, 1])
+    probe = fit_probe(x_VM, y_V, ("a", "b"), hook=HOOK, kind=kind, config=FitConfig(l2=1e-30, epochs=200))
+    assert torch.equal(probe.logits(x_VM).argmax(dim=1), y_V)
+
+
 def test_scikit_learn_finds_the_same_probe() -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
     x_VM, y_V = draw()
