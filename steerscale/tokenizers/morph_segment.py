@@ -19,6 +19,9 @@ MORFESSOR, LEXICON = "morfessor", "lexicon:"
 MORFESSOR_TYPES = 20_000
 """Morfessor learns from so many of the most frequent words; the others are cut by what it learned."""
 
+LONGEST_WORD = 200
+"""Letters. What is longer is no word (a sequence of DNA, say); Morfessor's time grows with the square and would be minutes."""
+
 
 def find_segmentation(spec: str, words: Mapping[str, int]) -> Segmentation:
     """The segmentation that `tokenizer.segmentation` names.
@@ -84,7 +87,8 @@ def _from_table(table: Mapping[str, Sequence[int]]) -> Segmentation:
 def train_morfessor(words: Mapping[str, int], *, types: int = MORFESSOR_TYPES) -> Segmentation:
     """Morfessor Baseline (Virpioja et al. 2013) learned from the `types` most frequent of the words, each counted once.
 
-    Words are taken in lower case. The same words give the same segmentation, in any process.
+    Words are taken in lower case; those of more than LONGEST_WORD letters have no borders. The same words give the same
+    segmentation, in any process.
     Raises ConfigError if the package is missing.
     """
     try:
@@ -95,7 +99,7 @@ def train_morfessor(words: Mapping[str, int], *, types: int = MORFESSOR_TYPES) -
         ) from error
     counts: dict[str, int] = {}
     for word, count in words.items():
-        if word.isalpha():
+        if _is_word(word):
             counts[word.lower()] = counts.get(word.lower(), 0) + count
     chosen = sorted(counts, key=lambda word: (-counts[word], word))[:types]
     utils.show_progress_bar = False
@@ -116,4 +120,8 @@ def train_morfessor(words: Mapping[str, int], *, types: int = MORFESSOR_TYPES) -
             borders.append(at)
         return tuple(borders)
 
-    return lambda word: segment(word.lower()) if word.isalpha() and len(word.lower()) == len(word) else ()
+    return lambda word: segment(word.lower()) if _is_word(word) and len(word.lower()) == len(word) else ()
+
+
+def _is_word(text: str) -> bool:
+    return text.isalpha() and len(text) <= LONGEST_WORD

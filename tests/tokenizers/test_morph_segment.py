@@ -160,6 +160,13 @@ def test_morfessor_finds_endings_and_is_the_same_in_every_process(tmp_path: Path
         assert (tmp_path / seed).read_bytes() == (tmp_path / "here.tsv").read_bytes()
 
 
+def test_morfessor_leaves_out_what_is_too_long_to_be_a_word() -> None:
+    pytest.importorskip("morfessor", reason="the extra `morph` is not installed")
+    segmentation = find_segmentation("morfessor", {**WORDS, "loading" * 30: 1})
+    assert list(segmentation("loading")) == [4]
+    assert list(segmentation("loading" * 30)) == []
+
+
 def test_missing_morfessor_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "morfessor", None)
     with pytest.raises(ConfigError, match=r"pip install 'steerscale\[morph\]'"):
