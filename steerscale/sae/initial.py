@@ -40,9 +40,13 @@ def draw_weights(sae: SparseAutoencoder, *, seed: int) -> None:
 def initialize_from_data(sae: SparseAutoencoder, input_Bd: torch.Tensor, target_Bd: torch.Tensor) -> None:
     """Set scales, mean and b_dec by the first vectors of all replicas (gathered here: B d elements from each of them).
 
-    Every rank computes the same numbers from the same rows, whatever the layout.
+    Every rank computes the same numbers from the same rows, whatever the layout. Vectors that are not finite are left out: they
+    cost this step, and must not cost all that follow.
     """
     inputs, targets = _gather(sae, input_Bd), _gather(sae, target_Bd)
+    finite_B = inputs.isfinite().all(dim=1) & targets.isfinite().all(dim=1)
+    if finite_B.any():
+        inputs, targets = inputs[finite_B], targets[finite_B]
     kind = sae.spec.config.normalize
     sae.scales.input.copy_(_scale(inputs, kind))
     sae.scales.output.copy_(_scale(targets, kind))

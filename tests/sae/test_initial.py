@@ -8,7 +8,7 @@ from steerscale.parallel.layout import ParallelLayout
 from steerscale.sae.architectures import ARCHITECTURES
 from steerscale.sae.base import SparseAutoencoder
 from steerscale.sae.config import SAEConfig, specs_of
-from steerscale.sae.initial import draw_weights
+from steerscale.sae.initial import draw_weights, initialize_from_data
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -19,6 +19,20 @@ def test_encoder_scale_multiplies_the_encoder_alone(tied: bool) -> None:
     assert torch.equal(half.W_dec, whole.W_dec)
     torch.testing.assert_close(half.W_enc, whole.W_enc / 2)
     assert torch.equal(whole.W_enc, whole.W_dec) is tied
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_vector_that_is_not_finite_spoils_nothing_for_good(bad: float) -> None:
+    """Scales and b_dec stay what the first batch makes them: they have to come from the others in it."""
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    spoilt = torch.cat([x[:5], torch.full((1, 8), bad), x[5:]])
+    expected, got = _drawn(), _drawn()
+    initialize_from_data(expected, x, x)
+    initialize_from_data(got, spoilt, spoilt)
+    for name in ("input_scale", "output_scale", "mean"):
+        assert torch.equal(got.scalar_state[name], expected.scalar_state[name])
+        assert got.scalar_state[name].isfinite().all()
+    assert torch.equal(got.b_dec, expected.b_dec)
 
 
 def _drawn(**config: object) -> SparseAutoencoder:
