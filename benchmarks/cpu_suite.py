@@ -4,9 +4,9 @@
 
 Each runs with settings that fit two cores and a share of the time, in a process of its own. One that fails or runs out of time
 does not stop the others and stands in the page as what it is; what no longer fits --seconds is not begun, and named. The page,
-bench_cpu<cores>_<date>.md, has a row for each figure (ours, the reference of the same run, the ratio, the limit it is compared
-with) and below that every benchmark's last line, its JSON, as it was printed. Status 1 if a benchmark failed or was left out;
-a limit that is not met is a result.
+bench_cpu<cores>_<date>.md (a second one of a day ends in _2), has a row for each figure (ours, the reference of the same run,
+the ratio, the limit it is compared with) and below that every benchmark's last line, its JSON, as it was printed. Status 1 if a
+benchmark failed or was left out; a limit that is not met is a result.
 
 Longer ones are started by hand (docs/benchmarks.md): planner_cpu.py, stream_apart.py, sae_quality.py, probes.py, steering_*.py.
 """
@@ -20,6 +20,7 @@ if __name__ == "__main__":  # a test imports this as well
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import signal
@@ -66,12 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = time.monotonic() - begun
     text = page(outcomes, before, seconds=seconds, quick=args.quick)
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"bench_cpu{before['cores']}_{datetime.date.today().isoformat()}.md"
+    path = new_path(args.output, f"bench_cpu{before['cores']}_{datetime.date.today().isoformat()}")
     path.write_text(text, encoding="utf-8")
     failed = [name for name, outcome in outcomes.items() if "error" in outcome]
     print(f"{path} written after {seconds / 60:.1f} min; failed or left out: {', '.join(failed) or 'none'}")
     print(json.dumps({"page": str(path), "seconds": round(seconds, 1), "failed": failed}))
     return 1 if failed else 0
+
+
+def new_path(folder: Path, stem: str) -> Path:
+    """Where no page is yet: one of the same day, which took twenty minutes, is not replaced."""
+    names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+    return next(path for name in names if not (path := folder / f"{name}.md").exists())
 
 
 def run_part(part: Part, *, quick: bool, left: float) -> Result:

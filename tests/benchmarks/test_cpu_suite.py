@@ -42,8 +42,14 @@ def test_what_fails_is_shown_and_stops_nothing(tmp_path: Path, capsys: pytest.Ca
     assert "| `planner_accuracy.py` | **failed**: status 2:" in text
     assert "unrecognized arguments: --nonsense" in text
     assert "| `scaling_fit.py` | **failed**: its JSON is not understood: KeyError" in text
-    assert main(["--only", "scaling_fit", "--seconds", "1", "-o", str(tmp_path)]) == 1
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["failed"] == ["scaling_fit"]
+    pages = set()
+    for _ in range(2):
+        assert main(["--only", "scaling_fit", "--seconds", "1", "-o", str(tmp_path)]) == 1
+        last = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert last["failed"] == ["scaling_fit"]
+        pages.add(Path(last["page"]))
+    assert pages == set(tmp_path.iterdir())
+    assert len(pages) == 2  # the first one was not replaced
 
 
 def test_limits_are_held_against_ratios_or_figures() -> None:
