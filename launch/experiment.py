@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(dump_yaml(config).rstrip())
             return 0
         run_dir = Path(config.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run_dir={run_dir} cannot be made: {error.strerror}; choose another") from error
         with lock(run_dir):
             run_experiment(experiment, config, train=train, say=_say, command=sys.argv)
         return 0

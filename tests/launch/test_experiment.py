@@ -32,6 +32,8 @@ def test_every_size_is_a_valid_configuration(name: str) -> None:
         (["othello/small", "gpt.optim.lrr=3"], "did you mean 'lr'?"),
         (["othello/small", "games.train=many"], "games.train must be a whole number"),
         (["othello/small", "model=demo"], "unknown key 'model'"),
+        (["othello/small", "run_dir=/dev/null"], "run_dir=/dev/null cannot be made: File exists"),
+        (["othello/small", "run_dir=/dev/null/a"], "run_dir=/dev/null/a cannot be made: Not a directory"),
         ([], "NAME/SIZE"),
     ],
 )
