@@ -117,15 +117,20 @@ def _read_parquet(source: Source, number: int, reading: Reading) -> Iterator[Blo
             first = 0
             for batch in table.iter_batches(batch_size=ROWS, columns=[reading.text_key]):
                 done = source.stored_bytes * (first + len(batch)) // table.metadata.num_rows
-                yield Block(source.name, number, "rows", first, batch.column(0).to_pylist(), done)
+                where = f"{source.name}, rows {first + 1} to {first + len(batch)}: {reading.text_key!r}"
+                yield Block(source.name, number, "rows", first, _column_texts(batch.column(0), where), done)
                 first += len(batch)
-    except UnicodeDecodeError as error:  # neither Arrow nor most that write parquet look at the bytes of a string
-        raise DataError(
-            f"{source.name}, rows {first + 1} to {first + len(batch)}: {reading.text_key!r} holds text that is not valid UTF-8 "
-            f"({error}); write the file again with text that is"
-        ) from error
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{source.name} cannot be read as parquet: {error}") from error
+
+
+def _column_texts(column: Any, where: str) -> list[str | None]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:  # neither Arrow nor most that write parquet look at the bytes of a string
+        raise DataError(
+            f"{where} holds text that is not valid UTF-8 ({error}); write the file again with text that is"
+        ) from error
 
 
 def _read_hf(source: Source, number: int, reading: Reading) -> Iterator[Block]:
