@@ -39,7 +39,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[str,
     try:
         template = _compiled(tokenizer.chat_template)
         return template.render(messages=turns, add_generation_prompt=True, **special), ()
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise RequestError(f"the model's chat template refuses these messages: {error}", param="messages") from error
 
 
@@ -61,8 +61,14 @@ def _compiled(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> NoReturn:

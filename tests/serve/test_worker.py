@@ -159,6 +159,8 @@ def test_templates_can_refuse_and_cannot_get_out(lm_directory: Path) -> None:
         ("{{ raise_exception('no system') }}", "no system"),
         ("{% for m in messages %}", "refuses"),
         ("{{ messages.append(1) }}", "refuses"),
+        ("{{ messages[0]['content'] + 1 }}", "refuses"),
+        ("{{ 1 / 0 }}", "refuses"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses"),
     ):
         tokenizer.chat_template = template
@@ -169,6 +171,8 @@ def test_templates_can_refuse_and_cannot_get_out(lm_directory: Path) -> None:
     assert chat_prompt(tokenizer, [Message(role="user", content="<ü>")])[0] == (
         '[{"role": "user", "content": "<ü>"}]' + tokenizer.piece(tokenizer.eos_id) + "20"
     )
+    tokenizer.chat_template = "{{ messages[0] | tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true) }}"
+    assert chat_prompt(tokenizer, [Message(role="user", content="ü")])[0] == r'{"content":"\u00fc","role":"user"}'
 
 
 def test_recipes_have_names_that_can_be_asked_for(lm_directory: Path, recipes: Path, tmp_path: Path) -> None:
