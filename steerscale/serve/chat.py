@@ -19,6 +19,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 
 from steerscale.serve.errors import RequestError
@@ -49,11 +52,21 @@ def _plain(messages: Sequence[Message]) -> str:
     return "\n\n".join([*system, "\n".join([*turns, "Assistant:"])])
 
 
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}: marks what the assistant says, for training. Here it is text like any other."""
+
+    tags = {"generation"}  # noqa: RUF012 - as Jinja's own extensions have it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @functools.cache
 def _compiled(template: str) -> jinja2.Template:
     # The settings and functions that templates are written for, as transformers' apply_chat_template has them.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse

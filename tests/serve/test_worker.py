@@ -171,6 +171,8 @@ def test_templates_can_refuse_and_cannot_get_out(lm_directory: Path) -> None:
     assert chat_prompt(tokenizer, [Message(role="user", content="<ü>")])[0] == (
         '[{"role": "user", "content": "<ü>"}]' + tokenizer.piece(tokenizer.eos_id) + "20"
     )
+    tokenizer.chat_template = "{% for m in messages %}{% generation %}<{{ m.content }}>{% endgeneration %}{% endfor %}."
+    assert chat_prompt(tokenizer, MESSAGES[:2])[0] == "<Be brief.><What is {{ 7 * 7 }}?>."
     tokenizer.chat_template = "{{ messages[0] | tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true) }}"
     assert chat_prompt(tokenizer, [Message(role="user", content="ü")])[0] == r'{"content":"\u00fc","role":"user"}'
 
