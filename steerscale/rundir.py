@@ -94,8 +94,7 @@ def _create(run_dir: Path, config: str, environment: str) -> bool:
         write_text(temporary / STATUS, _status_text(Status(state="created")))
         temporary.rename(run_dir)
     except OSError:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         if (run_dir / CONFIG).is_file():
             return False
         raise
@@ -139,15 +138,11 @@ def _lock_file(file: TextIO) -> None:
     """Lock it within a moment: whoever looks whether it is held (`is_held`) holds it so long. Raises BlockingIOError."""
     import fcntl
 
-    for attempt in range(10):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if attempt == 9:
-                raise
-            time.sleep(0.02)
-        else:
-            return
+    for _ in range(9):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.02)
+    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextlib.contextmanager
