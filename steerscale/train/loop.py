@@ -21,7 +21,7 @@ from steerscale.errors import CheckpointError, TrainingError
 from steerscale.metrics import Recorder, console_line, evaluation_lines
 from steerscale.optim import learning_rate
 from steerscale.parallel.context import ParallelContext
-from steerscale.train.config import RunConfig, batch_size_at
+from steerscale.train.config import RunConfig, batch_size_at, total_samples
 from steerscale.train.profile import StepProfiler
 from steerscale.train.signals import StopRequest
 from steerscale.train.task import Task
@@ -176,6 +176,14 @@ class Loop:
         config = self.config
         return config.data.skip if config.data is not None and config.sae is None else []
 
+    def _steps_left(self) -> float:
+        """Steps to go, in those of the size at hand: while the batch grows, later ones take longer."""
+        train, layout = self.config.train, self.config.layout()
+        left = total_samples(train.ramp_up, layout, train.steps) - total_samples(
+            train.ramp_up, layout, self.progress.step
+        )
+        return left / self._window.layout.global_batch_size
+
     def _report(self) -> None:
         window, progress = self._window, self.progress
         values = window.averages()
@@ -185,7 +193,7 @@ class Loop:
         if seconds is not None:
             if window.uniform:  # of steps of several sizes the throughput is unknown
                 values.update(self.task.throughput(seconds, window.layout))
-            values["eta_seconds"] = seconds * (self.config.train.steps - progress.step)
+            values["eta_seconds"] = seconds * self._steps_left()
         values.update(
             bubble_fraction=window.layout.bubble_fraction,
             loss_scale=window.loss_scale,

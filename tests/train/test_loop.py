@@ -177,6 +177,11 @@ def test_run_goes_on_inside_a_ramp_on_another_layout(pool: RankPool, german_data
     assert [record["global_batch_size"] for record in expected] == SIZES
     assert [record["consumed_samples"] for record in expected] == np.cumsum(SIZES).tolist()
     assert expected[-1]["consumed_hash"] == hash_of(config, range(sum(SIZES)))
+    timed = [record for record in expected if "eta_seconds" in record]
+    assert timed
+    for record in timed:
+        left = sum(SIZES[record["step"] :]) / record["global_batch_size"]
+        assert record["eta_seconds"] == pytest.approx(left * record["seconds_per_step"])
     for one, other in zip(got, expected, strict=True):
         for key in ("step", "global_batch_size", "consumed_samples", "consumed_hash", "lr"):
             assert one[key] == other[key]
