@@ -95,6 +95,7 @@ def run_preflight(config: RunConfig, context: ParallelContext, run_dir: Path) ->
     least = config.launcher.preflight_least
     too_slow = [] if least is None else find_slow(results, below=least)
     if too_slow:
+        dist.barrier()  # the first rank that ends ends the others: preflight.json is to be there by then
         raise LaunchError(
             f"preflight: {'; '.join(f'{entry.what} reaches {entry.share:.0%} of the median' for entry in too_slow)}, less than "
             f"launcher.preflight_least={least}: leave the node out, lower it, or set it to null for a warning only"
