@@ -43,15 +43,16 @@ def _numbers(rows: list[tuple[int, ...]]) -> Any:
 @torch.library.custom_op("steerscale::causal_attention", mutates_args=())
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out, log_sums = _empty(q)
-    _library().attention_forward(
-        *(x.data_ptr() for x in (q, k, v)),
-        _numbers([q.shape[:3], (k.shape[2], q.shape[3])]),
-        _numbers([x.stride()[:3] for x in (q, k, v)]),
-        q.shape[3] ** -0.5,
-        out.data_ptr(),
-        log_sums.data_ptr(),
-        torch.get_num_threads(),
-    )
+    with torch.profiler.record_function("steerscale::attention_forward"):
+        _library().attention_forward(
+            *(x.data_ptr() for x in (q, k, v)),
+            _numbers([q.shape[:3], (k.shape[2], q.shape[3])]),
+            _numbers([x.stride()[:3] for x in (q, k, v)]),
+            q.shape[3] ** -0.5,
+            out.data_ptr(),
+            log_sums.data_ptr(),
+            torch.get_num_threads(),
+        )
     return out, log_sums
 
 

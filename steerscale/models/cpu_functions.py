@@ -39,9 +39,10 @@ def _takes(*tensors: torch.Tensor) -> bool:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """Tensors as their addresses; the threads are torch's."""
+    """Tensors as their addresses; the threads are torch's. Named for profiles."""
     addresses = (x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments)
-    getattr(native.pointwise_library(), name)(*addresses, torch.get_num_threads())
+    with torch.profiler.record_function(f"steerscale::{name}"):
+        getattr(native.pointwise_library(), name)(*addresses, torch.get_num_threads())
 
 
 class _SwiGLU(torch.autograd.Function):

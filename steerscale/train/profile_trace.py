@@ -189,12 +189,14 @@ def _of_operation(event: dict[str, Any], *, inside: str) -> str:
     """The category of an operation within another one; "" is Python.
 
     What an optimizer or attention does is theirs, and a transpose inside of a matrix product is part of it. Names without
-    `::` are nodes of autograd and functions in Python: their own time is nobody's arithmetic.
+    `::` are nodes of autograd and functions in Python: their own time is nobody's arithmetic. Calls of our own compiled code are
+    annotations, "steerscale::" and the function's name.
     """
     name = event["name"]
     if name.startswith("Optimizer.step"):
         return "optimizer"
-    if event["cat"] != "cpu_op" or "::" not in name or name.startswith("autograd::"):
+    computes = event["cat"] == "cpu_op" or name.startswith("steerscale::")
+    if not computes or "::" not in name or name.startswith("autograd::"):
         return inside if inside == "optimizer" else ""
     own = category_of(name)
     if own == "communication" or not inside:
