@@ -189,8 +189,8 @@ def _of_operation(event: dict[str, Any], *, inside: str) -> str:
     """The category of an operation within another one; "" is Python.
 
     What an optimizer or attention does is theirs, and a transpose inside of a matrix product is part of it. Names without
-    `::` are nodes of autograd and functions in Python: their own time is nobody's arithmetic. Calls of our own compiled code are
-    annotations, "steerscale::" and the function's name.
+    `::` are nodes of autograd and functions in Python: their own time is nobody's arithmetic. Calls of our own compiled code
+    are annotations, "steerscale::" and the function's name.
     """
     name = event["name"]
     if name.startswith("Optimizer.step"):
